@@ -1,0 +1,25 @@
+"""Sharpness-aware training in JAX: SAM, Monge SAM, ASAM, Fisher SAM, and metrics of your own.
+
+The builders `monge_sam`, `sam`, `adaptive_sam` and `fisher_sam` go first in an `optax.chain`;
+`sharpness_aware_value_and_grad` takes the place of `jax.value_and_grad` in any training loop.
+"""
+
+from monge_sam_jax.gradients import sharpness_aware_value_and_grad as sharpness_aware_value_and_grad
+from monge_sam_jax.metrics import Ascent as Ascent
+from monge_sam_jax.metrics import Metric as Metric
+from monge_sam_jax.metrics import adaptive as adaptive
+from monge_sam_jax.metrics import diagonal_fisher as diagonal_fisher
+from monge_sam_jax.metrics import euclidean as euclidean
+from monge_sam_jax.metrics import monge as monge
+from monge_sam_jax.perturbation import Diagnostics as Diagnostics
+from monge_sam_jax.perturbation import MeasuredDiagnostics as MeasuredDiagnostics
+from monge_sam_jax.perturbation import worst_case_perturbation as worst_case_perturbation
+from monge_sam_jax.transforms import SharpnessAwareState as SharpnessAwareState
+from monge_sam_jax.transforms import adaptive_sam as adaptive_sam
+from monge_sam_jax.transforms import fisher_sam as fisher_sam
+from monge_sam_jax.transforms import get_diagnostics as get_diagnostics
+from monge_sam_jax.transforms import monge_sam as monge_sam
+from monge_sam_jax.transforms import sam as sam
+from monge_sam_jax.transforms import sharpness_aware as sharpness_aware
+
+__version__ = "0.1.0"

@@ -1,0 +1,174 @@
+"""What is wrong with an argument, said in terms of what to write instead."""
+
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+PyTree = Any
+
+
+def check_nonnegative(name: str, value: Any) -> None:
+    """Raises unless `value` is a finite real scalar >= 0; traced values pass unchecked.
+
+    Raises:
+      TypeError: value is no real number.
+      ValueError: value is negative, NaN, infinite or not a scalar.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+    else:
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real:
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be a real number, got {value!r} of type {kind}")
+    if np.shape(value) != ():
+        raise ValueError(f"{name} must be a scalar, got an array of shape {np.shape(value)}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+
+
+def check_params_and_gradient(params: PyTree, grads: PyTree) -> None:
+    """Raises unless `grads` is a gradient of something with respect to `params`.
+
+    Raises:
+      TypeError: a gradient is float0 or of an integer dtype.
+      ValueError: a leaf has been masked by Optax, or structures or shapes differ.
+    """
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    for tree in (params, grads):
+        for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_masked):
+            if is_masked(leaf):
+                raise ValueError(
+                    f"{_at(path)} is a MaskedNode, so the gradient function cannot be evaluated: "
+                    "the sharpness-aware transformation is inside optax.masked, optax.partition or "
+                    "the like. Place it outside, first in the chain, and choose the leaves to "
+                    "perturb by its own argument mask="
+                )
+    for path, leaf in jax.tree.leaves_with_path(grads):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise TypeError(
+                f"the gradient {_at(path)} has dtype {jnp.result_type(leaf)}; sharpness-aware "
+                "steps need float or complex gradients, so differentiate with respect to the float "
+                "leaves alone"
+            )
+    _check_same_form(
+        params,
+        grads,
+        compare_dtypes=False,
+        difference="the gradient does not have the form of the params",
+    )
+
+
+def check_second_gradient(first: PyTree, second: PyTree) -> None:
+    """Raises ValueError unless what `grad_fn` returned has the form of the first gradient."""
+    difference = "grad_fn must return a gradient of the form of the one given to update"
+    if second is None and first is not None:
+        raise ValueError(f"{difference}, but it returned None; does it lack a return statement?")
+    structure: Any = jax.tree.structure(first)
+    is_pair = isinstance(second, tuple) and len(second) == 2
+    if is_pair and structure != jax.tree.structure(second):
+        if structure == jax.tree.structure(second[1]):
+            raise ValueError(
+                f"{difference}, but it returned a pair whose second part is a gradient, such as "
+                "(value, grad); use jax.grad in place of jax.value_and_grad"
+            )
+        if structure == jax.tree.structure(second[0]):
+            raise ValueError(
+                f"{difference}, but it returned a pair whose first part is a gradient, such as "
+                "(grad, aux); drop the auxiliary output: lambda params: grad_fn(params)[0]"
+            )
+    _check_same_form(first, second, compare_dtypes=True, difference=difference)
+
+
+def _check_same_form(
+    expected: PyTree, actual: PyTree, *, compare_dtypes: bool, difference: str
+) -> None:
+    expected_leaves = dict(jax.tree.leaves_with_path(expected))
+    actual_leaves = dict(jax.tree.leaves_with_path(actual))
+    for path in expected_leaves:
+        if path not in actual_leaves:
+            raise ValueError(f"{difference}: it has nothing {_at(path)}")
+    for path in actual_leaves:
+        if path not in expected_leaves:
+            raise ValueError(f"{difference}: it has something additional {_at(path)}")
+    containers: Any = jax.tree.structure(expected)
+    if containers != jax.tree.structure(actual):
+        raise ValueError(
+            f"{difference}: its containers differ, {jax.tree.structure(actual)} in place of "
+            f"{containers}"
+        )
+    for path, leaf in expected_leaves.items():
+        other = actual_leaves[path]
+        if jnp.shape(leaf) != jnp.shape(other):
+            raise ValueError(
+                f"{difference}: {_at(path)} its shape is {jnp.shape(other)} in place of "
+                f"{jnp.shape(leaf)}; was a batch, device or ensemble axis not averaged over?"
+            )
+        if compare_dtypes and jnp.iscomplexobj(leaf) != jnp.iscomplexobj(other):
+            raise ValueError(
+                f"{difference}: {_at(path)} its dtype is {jnp.result_type(other)} in place of "
+                f"{jnp.result_type(leaf)}"
+            )
+
+
+def _at(path: tuple[Any, ...]) -> str:
+    return f"at params{jax.tree_util.keystr(path)}"
+
+
+def bind_grad_fn(
+    grad_fn: Callable[..., PyTree] | None, params: PyTree, extra: Mapping[str, Any]
+) -> Callable[[PyTree], PyTree]:
+    """`grad_fn` as a function of the params alone.
+
+    It is given those of the extra arguments that its signature accepts by name.
+
+    Raises:
+      ValueError: params or grad_fn are missing, or an argument that its signature requires is.
+    """
+    causes = (
+        "flax.training's TrainState.apply_gradients, "
+        "optax.MultiSteps(...).gradient_transformation() and optax.lookahead around the "
+        "transformation are the usual causes: call tx.update(grads, state, params, grad_fn=...) "
+        "yourself, with the transformation first in the chain"
+    )
+    if params is None:
+        raise ValueError(
+            "a sharpness-aware transformation needs the params: tx.update(grads, state, params). "
+            + causes
+        )
+    if grad_fn is None:
+        raise ValueError(
+            "a sharpness-aware transformation needs a gradient function: give one when building "
+            "it, monge_sam(jax.grad(loss_fn)), or to tx.update(..., grad_fn=...). " + causes
+        )
+    try:
+        parameters = list(inspect.signature(grad_fn).parameters.values())[1:]
+    except ValueError:  # some callables written in C have no signature
+        return functools.partial(grad_fn, **extra)
+    by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    accepts_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    accepted = {name: x for name, x in extra.items() if accepts_all or name in by_name}
+    missing = [
+        p.name
+        for p in parameters
+        if p.default is p.empty
+        and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        and p.name not in accepted
+    ]
+    if missing:
+        raise ValueError(
+            f"grad_fn needs {', '.join(missing)}, which update did not get: pass it by name, "
+            f"tx.update(grads, state, params, {missing[0]}=...), or give update a grad_fn= of the "
+            f"params alone. {causes}"
+        )
+    return functools.partial(grad_fn, **accepted)

@@ -1,0 +1,118 @@
+"""Norms of gradient trees that neither overflow nor underflow.
+
+`optax.tree.norm` accumulates in the leaf's dtype: infinite for float16 gradients of 20, zero for
+float32 gradients of 1e-30. The norms here are accumulated in float32 or wider, on entries brought
+to order one first.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+def working_dtype(tree: PyTree) -> jnp.dtype:
+    """Real dtype, float32 or wider, in which scalars over `tree` are computed."""
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(tree)]
+    return jnp.finfo(jnp.result_type(jnp.float32, *dtypes)).dtype
+
+
+def widen(leaf: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`leaf` in `dtype`, a real one, or in the complex counterpart of it for a complex leaf."""
+    return leaf.astype(jnp.result_type(leaf.dtype, dtype))
+
+
+def tree_scale(scalar: jax.Array, tree: PyTree) -> PyTree:
+    """`scalar * tree`, each leaf at least as wide as `scalar`."""
+
+    def scale(leaf: jax.Array) -> jax.Array:
+        leaf = widen(leaf, scalar.dtype)
+        return leaf * scalar.astype(leaf.dtype)
+
+    return jax.tree.map(scale, tree)
+
+
+def inner_product(a: PyTree, b: PyTree, dtype: jnp.dtype) -> jax.Array:
+    """Re <a, b>, accumulated in `dtype`."""
+
+    def leaf_product(x: jax.Array, y: jax.Array) -> jax.Array:
+        x, y = widen(x, dtype), widen(y, dtype)
+        if jnp.iscomplexobj(x):
+            return jnp.sum(x.real * y.real + x.imag * y.imag)
+        return jnp.sum(x * y)
+
+    return sum(jax.tree.leaves(jax.tree.map(leaf_product, a, b)), start=jnp.zeros((), dtype))
+
+
+def euclidean_norm(tree: PyTree, dtype: jnp.dtype) -> jax.Array:
+    """Norm of a tree whose squares stay in range; the square root of `tiny` where it is zero.
+
+    The floor keeps the square root differentiable at zero.
+    """
+    return jnp.sqrt(jnp.maximum(inner_product(tree, tree, dtype), jnp.finfo(dtype).tiny))
+
+
+class ScaledNorm(NamedTuple):
+    """A tree as unit / inverse_scale, with unit's entries of order one.
+
+    Attributes:
+      unit: the tree divided by a power of two near its largest entry; zero for a zero tree.
+      unit_norm: Euclidean norm of unit, not zero.
+      inverse_scale: the factor, a power of two; zero for a zero tree.
+    """
+
+    unit: PyTree
+    unit_norm: jax.Array
+    inverse_scale: jax.Array
+
+    @property
+    def norm(self) -> jax.Array:
+        """Euclidean norm of the tree; one beyond the dtype's range is its largest number."""
+        nonzero = self.inverse_scale != 0
+        inverse = jnp.where(nonzero, self.inverse_scale, 1.0)
+        limit = jnp.finfo(inverse.dtype).max * jnp.minimum(inverse, 1.0)
+        return jnp.where(nonzero, jnp.minimum(self.unit_norm, limit), 0.0) / inverse
+
+
+def scaled_norm(tree: PyTree) -> ScaledNorm:
+    """Euclidean norm of `tree` that neither overflows nor underflows.
+
+    Zero trees (and subnormal ones) have zero derivatives. If any entry of the tree is not finite,
+    every entry of unit is NaN, and so are the scalars.
+
+    The scalars that leaves or many other scalars read are results of a divide or a square root on
+    purpose: XLA copies cheaper chains of scalars into the loop of every reader, which costs minutes
+    of compilation for hundreds of leaves.
+    """
+    dtype = working_dtype(tree)
+    smallest = jnp.finfo(dtype).tiny
+    tree = jax.tree.map(lambda leaf: widen(leaf, dtype), tree)
+
+    # The scale cancels in every result, so it is a constant to differentiation.
+    largest = jnp.zeros((), dtype)
+    for leaf in jax.tree.leaves(jax.lax.stop_gradient(tree)):
+        parts = (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,)
+        for part in parts:
+            largest = jnp.maximum(largest, jnp.max(jnp.abs(part), initial=0.0))
+    power_of_two = jax.lax.reduce_precision(
+        jnp.clip(largest, smallest, 1 / smallest),
+        exponent_bits=jnp.finfo(dtype).nexp,
+        mantissa_bits=0,
+    )
+    one = jnp.where(largest >= smallest, jnp.ones((), dtype), 0.0)
+    inverse_scale = jnp.where(jnp.isfinite(largest), one, jnp.nan) / power_of_two
+
+    unit = tree_scale(inverse_scale, tree)
+    return ScaledNorm(unit, euclidean_norm(unit, dtype), inverse_scale)
+
+
+def lift_factors(x: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Factors (u, r) of sqrt(1 + k^2 x^2) = r / u, where r is of order one, for real x, k >= 0.
+
+    Both stay in range where the square, or k x itself, would overflow, and `y * u / r` is safe
+    where `y / (r / u)` is not. u is a constant to differentiation.
+    """
+    u = jax.lax.stop_gradient(1 / jnp.clip(k * x, 1.0, 1 / jnp.finfo(x.dtype).tiny))
+    return u, jnp.sqrt(u**2 + (k * (x * u)) ** 2)

@@ -1,0 +1,120 @@
+"""The sharpness-aware gradient as a drop-in for `jax.value_and_grad`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from monge_sam_jax._checks import check_nonnegative
+from monge_sam_jax.metrics import Grads, Metric, Params
+from monge_sam_jax.perturbation import AxisName, Mask, robust_gradient
+
+
+def sharpness_aware_value_and_grad(
+    loss_fn: Callable[..., Any],
+    *,
+    metric: Metric,
+    rho: chex.Numeric,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    mask: Mask = None,
+    diagnostics: bool = False,
+    measure: bool = False,
+    widen_params: bool = False,
+    axis_name: AxisName | None = None,
+    sync_perturbation: bool = True,
+) -> Callable[..., Any]:
+    r"""Value of a loss, and its gradient at the worst-case perturbation of the params.
+
+    .. math::
+        \big(\ell(\theta), \nabla \ell(\theta + \delta^*)\big), \qquad
+        \delta^* = \rho \, \frac{G^{-1} g}{\sqrt{g^\top G^{-1} g}}, \quad g = \nabla \ell(\theta)
+        \qquad \text{(eqs. 5 and 8)}
+
+    For any training loop and any optimizer. The value and the auxiliary output are those of the
+    first pass, at theta: report this loss, and keep these running statistics.
+
+    Args:
+      loss_fn: function of the params and other arguments, positional or by name, that returns a
+        scalar, or (scalar, aux).
+      metric: the metric G. It starts from a fresh state at each call.
+      rho: radius of the ball in the metric's units, a scalar. A traced value is not checked.
+      argnums: positions of the arguments that are differentiated, and perturbed together, as in
+        `jax.value_and_grad`.
+      has_aux: whether `loss_fn` returns (scalar, aux).
+      mask: as in `sharpness_aware`, over the differentiated argument, or the tuple of them.
+      diagnostics: whether to append a `Diagnostics` to what is returned.
+      measure: whether it is a `MeasuredDiagnostics`.
+      widen_params: as in `sharpness_aware`.
+      axis_name: as in `sharpness_aware`; the gradient and the diagnostics are averaged over the
+        axis, value and aux are the device's own.
+      sync_perturbation: as in `sharpness_aware`.
+
+    Returns:
+      A function of the arguments of `loss_fn` that returns (value, gradient), ((value, aux),
+      gradient) if has_aux, and with a third part, the diagnostics, if asked for. The gradient is as
+      `jax.value_and_grad` would give it, also for complex params (the perturbation ascends).
+
+    Raises:
+      TypeError: metric is no `Metric`, rho no real number, or loss_fn no function.
+      ValueError: rho is negative, NaN or infinite.
+
+    References:
+      Jacobsen and Arvanitidis, Monge SAM, eqs. 5, 8 and 9.
+
+    >>> import jax.numpy as jnp
+    >>> from monge_sam_jax import euclidean, sharpness_aware_value_and_grad
+    >>> def loss_fn(params, scale):
+    ...     return scale * jnp.sum(params**2)
+    >>> value_and_grad = sharpness_aware_value_and_grad(loss_fn, metric=euclidean(), rho=0.5)
+    >>> value_and_grad(jnp.array([3.0, 4.0]), 1.0)  # 2 * (params + [0.3, 0.4])
+    (Array(25., dtype=float32), Array([6.6, 8.8], dtype=float32))
+    """
+    if callable(rho):
+        raise TypeError("rho must be a number; a schedule needs the count of sharpness_aware")
+    check_nonnegative("rho", rho)
+    if not isinstance(metric, Metric):
+        raise TypeError(f"metric must be a Metric such as monge(), got {metric!r}")
+    value_and_grad = jax.value_and_grad(loss_fn, argnums=argnums, has_aux=has_aux)
+
+    def robust_value_and_grad(*args: Any, **kwargs: Any) -> Any:
+        value, grads = value_and_grad(*args, **kwargs)
+
+        def ascent_at(params: Params) -> Grads:
+            return _conjugate(value_and_grad(*_replace(args, argnums, params), **kwargs)[1])
+
+        params = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in argnums)
+        robust = robust_gradient(
+            ascent_at,
+            _conjugate(grads),
+            params,
+            metric=metric,
+            metric_state=metric.init(params),
+            rho=rho,
+            mask=mask,
+            measure=measure,
+            widen_params=widen_params,
+            axis_name=axis_name,
+            sync_perturbation=sync_perturbation,
+        )
+        result = (value, _conjugate(robust.grads))
+        return (*result, robust.diagnostics) if diagnostics else result
+
+    return robust_value_and_grad
+
+
+def _conjugate(grads: Grads) -> Grads:
+    """Between JAX's gradient of a complex param and the direction of ascent."""
+    return jax.tree.map(jnp.conj, grads)
+
+
+def _replace(args: tuple[Any, ...], argnums: int | Sequence[int], params: Any) -> list[Any]:
+    replaced = list(args)
+    if isinstance(argnums, int):
+        replaced[argnums] = params
+    else:
+        for position, argument in zip(argnums, params, strict=True):
+            replaced[position] = argument
+    return replaced

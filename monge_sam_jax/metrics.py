@@ -1,0 +1,263 @@
+r"""Metrics: what a ball around the params is.
+
+Every sharpness-aware method takes the worst step inside a small ball of a metric G,
+
+.. math::
+    \delta^* = \arg\max_{\delta^\top G \delta \le \rho^2} g^\top \delta
+             = \rho \, \frac{G^{-1} g}{\sqrt{g^\top G^{-1} g}}
+    \qquad \text{(eqs. 5 and 8)}
+
+and the methods differ in G alone:
+
+=====================  ======================================  =============================
+metric                 G                                       method
+=====================  ======================================  =============================
+`euclidean()`          I                                       SAM (Foret et al. 2020)
+`adaptive(eta)`        diag(1 / (abs(theta) + eta)^2)          ASAM (Kwon et al. 2021)
+`diagonal_fisher(eta)`  diag(1 + eta g^2)                      Fisher SAM (Kim et al. 2022)
+`monge(base, alpha)`   M + alpha^2 g g^T, M the base's metric  Monge SAM (eq. 6)
+=====================  ======================================  =============================
+
+A metric is a pair of pure functions. One of your own takes the natural gradient v = G^{-1} g (or
+any positive multiple of it), its length in the metric and the dual norm of g; here a metric given
+by a fixed positive diagonal:
+
+>>> import jax
+>>> import jax.numpy as jnp
+>>> def diagonal(weights):
+...     def ascent(grads, params, state):
+...         v = jax.tree.map(lambda g, w: g / w, grads, weights)
+...         gv = jax.tree.map(lambda g, v: jnp.sum(g * v), grads, v)
+...         dual_norm = jnp.sqrt(sum(jax.tree.leaves(gv)))
+...         return Ascent(v, dual_norm, length=dual_norm), state
+...
+...     return Metric(init=lambda params: (), ascent=ascent)
+>>> metric = diagonal({"w": jnp.array([1.0, 4.0])})
+>>> ascent, _ = metric.ascent({"w": jnp.array([3.0, 8.0])}, None, ())
+>>> ascent.direction["w"], ascent.dual_norm
+(Array([0.6, 0.4], dtype=float32), Array(5., dtype=float32))
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from monge_sam_jax._checks import check_nonnegative
+from monge_sam_jax._numerics import lift_factors, scaled_norm, tree_scale, widen, working_dtype
+
+Params: TypeAlias = chex.ArrayTree
+Grads: TypeAlias = chex.ArrayTree
+State: TypeAlias = chex.ArrayTree
+
+
+class Ascent(NamedTuple):
+    r"""Unit steepest ascent under a metric G.
+
+    The direction is kept as a tangent vector and its length, so that rho and the factor of a lifted
+    metric meet the length as scalars, and a leaf is multiplied once, whatever was composed.
+
+    Attributes:
+      tangent: v, any positive multiple of the natural gradient :math:`G^{-1} g`; shapes of the
+        params, float32 or wider; zero where g is zero. Entries of order one are the safest.
+      dual_norm: :math:`\|g\|_{G^{-1}} = \sqrt{g^\top G^{-1} g}`, scalar;
+        :math:`\rho` times it is :math:`g^\top \delta^*`.
+      length: :math:`\|v\|_G = \sqrt{v^\top G v}`, scalar, not zero; one if v is a unit vector.
+    """
+
+    tangent: Params
+    dual_norm: jax.Array
+    length: chex.Numeric = 1.0
+
+    @property
+    def direction(self) -> Params:
+        r""":math:`G^{-1} g / \|g\|_{G^{-1}}`, the unit steepest ascent: tangent / length."""
+        return tree_scale(1 / jnp.asarray(self.length, self.dual_norm.dtype), self.tangent)
+
+
+class Metric(NamedTuple):
+    """A metric as a pair of pure functions.
+
+    Attributes:
+      init: params -> state of the metric; an empty tuple for the metrics of this module.
+      ascent: (grads, params, state) -> (`Ascent`, state). Leaves that are None (masked ones) stay
+        None. `grads` is the direction of ascent of the loss: for complex leaves, the conjugate of
+        what `jax.grad` returns.
+    """
+
+    init: Callable[[Params], State]
+    ascent: Callable[[Grads, Params, State], tuple[Ascent, State]]
+
+
+def _stateless(params: Params) -> State:
+    del params
+    return ()
+
+
+def euclidean() -> Metric:
+    r"""The Euclidean metric, G = I, of SAM.
+
+    .. math:: \delta^* = \rho \, g / \|g\|_2 \qquad \text{(eq. 3)}
+
+    Returns:
+      The metric, without state.
+
+    References:
+      Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, 2020.
+
+    >>> import jax.numpy as jnp
+    >>> from monge_sam_jax import worst_case_perturbation
+    >>> worst_case_perturbation(euclidean(), jnp.array([3.0, 4.0]), jnp.zeros(2), rho=0.5)
+    Array([0.3, 0.4], dtype=float32)
+    """
+
+    def ascent(grads: Grads, params: Params, state: State) -> tuple[Ascent, State]:
+        del params
+        g = scaled_norm(grads)
+        return Ascent(g.unit, dual_norm=g.norm, length=g.unit_norm), state
+
+    return Metric(_stateless, ascent)
+
+
+def adaptive(eta: chex.Numeric = 0.01) -> Metric:
+    r"""The elementwise adaptive metric of ASAM.
+
+    .. math::
+        G = \operatorname{diag}(1 / T^2), \quad T = |\theta| + \eta, \qquad
+        \delta^* = \rho \, T^2 g / \|T g\|_2
+
+    Args:
+      eta: floor of the params' size, in the params' units; non-negative. A traced value is not
+        checked.
+
+    Returns:
+      The metric, without state.
+
+    Raises:
+      TypeError: eta is no real number.
+      ValueError: eta is negative, NaN or infinite.
+
+    References:
+      Kwon et al., ASAM: Adaptive Sharpness-Aware Minimization, 2021.
+
+    >>> import jax.numpy as jnp
+    >>> from monge_sam_jax import worst_case_perturbation
+    >>> params, grads = jnp.array([1.0, -2.0]), jnp.array([3.0, 2.0])
+    >>> worst_case_perturbation(adaptive(eta=0.0), grads, params, rho=0.5)
+    Array([0.3, 0.8], dtype=float32)
+    """
+    check_nonnegative("eta", eta)
+
+    def ascent(grads: Grads, params: Params, state: State) -> tuple[Ascent, State]:
+        g = scaled_norm(grads)
+        dtype = g.unit_norm.dtype
+        size = jax.tree.map(lambda p: widen(jnp.abs(p), dtype) + jnp.asarray(eta, dtype), params)
+
+        def times_size(tree: Params) -> Params:
+            return jax.tree.map(lambda x, t: x * t.astype(x.dtype), tree, size)
+
+        h = scaled_norm(times_size(g.unit))
+        dual_norm = h._replace(inverse_scale=g.inverse_scale * h.inverse_scale).norm
+        return Ascent(times_size(h.unit), dual_norm, length=h.unit_norm), state
+
+    return Metric(_stateless, ascent)
+
+
+def diagonal_fisher(eta: chex.Numeric = 1.0) -> Metric:
+    r"""The diagonal empirical Fisher metric of the batch, as Fisher SAM regularises it.
+
+    .. math::
+        G^{-1} = \operatorname{diag}\big(1 / (1 + \eta f)\big), \quad f = g \odot g, \qquad
+        \delta^* = \rho \, G^{-1} g / \sqrt{g^\top G^{-1} g} \qquad \text{(eq. 5)}
+
+    g is the gradient of the mean loss over the batch, so f is the square of the mean, not the mean
+    of the squares (section 2.2 of the Monge SAM paper).
+
+    Args:
+      eta: weight of the Fisher information against the identity, in 1 / (units of g)^2;
+        non-negative. A traced value is not checked.
+
+    Returns:
+      The metric, without state.
+
+    Raises:
+      TypeError: eta is no real number.
+      ValueError: eta is negative, NaN or infinite.
+
+    References:
+      Kim et al., Fisher SAM: Information Geometry and Sharpness Aware Minimisation, 2022.
+
+    >>> import jax.numpy as jnp
+    >>> from monge_sam_jax import worst_case_perturbation
+    >>> worst_case_perturbation(diagonal_fisher(eta=1.0), jnp.array([1.0, 0.0]), jnp.zeros(2), 0.5)
+    Array([0.35355338, 0.        ], dtype=float32)
+    """
+    check_nonnegative("eta", eta)
+
+    def ascent(grads: Grads, params: Params, state: State) -> tuple[Ascent, State]:
+        del params
+        dtype = working_dtype(grads)
+        root_eta = jnp.sqrt(jnp.asarray(eta, dtype))
+
+        def divide_by_root(x: jax.Array, g: jax.Array) -> jax.Array:
+            u, r = lift_factors(jnp.abs(widen(g, dtype)), root_eta)  # r / u = sqrt(1 + eta f)
+            x = widen(x, dtype)
+            return x * u.astype(x.dtype) / r.astype(x.dtype)
+
+        h = scaled_norm(jax.tree.map(divide_by_root, grads, grads))
+        tangent = jax.tree.map(divide_by_root, h.unit, grads)
+        return Ascent(tangent, dual_norm=h.norm, length=h.unit_norm), state
+
+    return Metric(_stateless, ascent)
+
+
+def monge(base: Metric = euclidean(), alpha: chex.Numeric = 1.0) -> Metric:  # noqa: B008
+    r"""The Monge metric of the loss surface, over any base metric M.
+
+    .. math:: G = M + \alpha^2 g g^\top \qquad \text{(eq. 6, where } M = I, \alpha = 1)
+
+    It is the metric that the graph :math:`(\theta, \alpha \ell(\theta))` inherits from the space
+    around it. By Sherman and Morrison (eq. 7) the base's perturbation changes by one scalar: with
+    :math:`n = \|g\|_{M^{-1}}`,
+
+    .. math:: \delta^*_\text{Monge} = \delta^*_M / \sqrt{1 + \alpha^2 n^2} \qquad \text{(eq. 9)}
+
+    so that its length is at most rho, where the gradient is small, and falls as rho / (alpha n)
+    where it is large. The length depends on the loss's scale: the gradient must be that of the mean
+    loss, unscaled and not yet clipped.
+
+    Args:
+      base: the metric M.
+      alpha: height of the loss graph, in 1 / (units of the loss); non-negative. Zero is the base
+        metric, one the paper's M-SAM, and the larger, the closer to gradient descent. A traced
+        value is not checked.
+
+    Returns:
+      The metric, with the base's state.
+
+    Raises:
+      TypeError: base is no `Metric`, or alpha is no real number.
+      ValueError: alpha is negative, NaN or infinite.
+
+    References:
+      Jacobsen and Arvanitidis, Monge SAM, eqs. 6 to 9; Hartmann et al. 2022 for alpha.
+
+    >>> import jax.numpy as jnp
+    >>> from monge_sam_jax import worst_case_perturbation
+    >>> g = jnp.array([3.0, 4.0])
+    >>> worst_case_perturbation(monge(), g, jnp.zeros(2), rho=0.5) * jnp.sqrt(1 + 5.0**2)
+    Array([0.3, 0.4], dtype=float32)
+    """
+    check_nonnegative("alpha", alpha)
+    if not isinstance(base, Metric):
+        raise TypeError(f"base must be a Metric such as euclidean(), got {base!r}")
+
+    def ascent(grads: Grads, params: Params, state: State) -> tuple[Ascent, State]:
+        base_ascent, state = base.ascent(grads, params, state)
+        n = base_ascent.dual_norm
+        u, r = lift_factors(n, jnp.asarray(alpha, n.dtype))  # r / u = sqrt(1 + alpha^2 n^2)
+        return base_ascent._replace(dual_norm=n * u / r, length=base_ascent.length * r / u), state
+
+    return Metric(base.init, ascent)
