@@ -4,6 +4,8 @@ The builders `monge_sam`, `sam`, `adaptive_sam` and `fisher_sam` go first in an 
 `sharpness_aware_value_and_grad` takes the place of `jax.value_and_grad` in any training loop.
 """
 
+from monge_sam_jax.diagnostics import Diagnostics as Diagnostics
+from monge_sam_jax.diagnostics import MeasuredDiagnostics as MeasuredDiagnostics
 from monge_sam_jax.gradients import sharpness_aware_value_and_grad as sharpness_aware_value_and_grad
 from monge_sam_jax.metrics import Ascent as Ascent
 from monge_sam_jax.metrics import Metric as Metric
@@ -11,8 +13,6 @@ from monge_sam_jax.metrics import adaptive as adaptive
 from monge_sam_jax.metrics import diagonal_fisher as diagonal_fisher
 from monge_sam_jax.metrics import euclidean as euclidean
 from monge_sam_jax.metrics import monge as monge
-from monge_sam_jax.perturbation import Diagnostics as Diagnostics
-from monge_sam_jax.perturbation import MeasuredDiagnostics as MeasuredDiagnostics
 from monge_sam_jax.perturbation import worst_case_perturbation as worst_case_perturbation
 from monge_sam_jax.transforms import SharpnessAwareState as SharpnessAwareState
 from monge_sam_jax.transforms import adaptive_sam as adaptive_sam

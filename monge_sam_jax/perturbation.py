@@ -14,12 +14,12 @@ from monge_sam_jax._checks import (
     check_second_gradient,
 )
 from monge_sam_jax._collectives import check_varying, make_varying
-from monge_sam_jax._numerics import (
-    euclidean_norm,
-    inner_product,
-    scaled_norm,
-    tree_scale,
-    widen,
+from monge_sam_jax._numerics import scaled_norm, tree_scale, widen
+from monge_sam_jax.diagnostics import (
+    Diagnostics,
+    MeasuredDiagnostics,
+    add_measurements,
+    diagnose,
 )
 from monge_sam_jax.metrics import Ascent, Grads, Metric, Params, State
 
@@ -74,63 +74,67 @@ def _multiple(ascent: Ascent, rho: chex.Numeric) -> jax.Array:
     return jnp.asarray(rho, dtype) / jnp.asarray(ascent.length, dtype)
 
 
-class Diagnostics(NamedTuple):
-    r"""What the perturbation of a step looked like: float32 scalars over the perturbed leaves.
-
-    They come with the norm that the step needs anyway. Constants to differentiation.
-
-    Attributes:
-      grad_norm: :math:`\|g\|_2` of the first gradient, in units of loss per param.
-      dual_norm: :math:`\|g\|_{G^{-1}}`.
-      perturbation_norm: :math:`\|\delta^*\|_2`, in units of the params, before any rounding.
-      effective_radius: perturbation_norm / grad_norm, for SAM and M-SAM the paper's
-        :math:`\tilde\rho` (sections 2.1 and 3.2); zero where the gradient is zero.
-      predicted_sharpness: :math:`g^\top \delta^* = \rho \|g\|_{G^{-1}}`, in units of the loss.
-    """
-
-    grad_norm: jax.Array
-    dual_norm: jax.Array
-    perturbation_norm: jax.Array
-    effective_radius: jax.Array
-    predicted_sharpness: jax.Array
-
-
-class MeasuredDiagnostics(NamedTuple):
-    r"""`Diagnostics`, and what takes another pass over params and gradients.
-
-    Attributes:
-      grad_norm, dual_norm, perturbation_norm, effective_radius, predicted_sharpness: as in
-        `Diagnostics`.
-      cosine: cosine of the angle between the gradients at theta and theta + delta.
-      curvature: :math:`\delta^\top (g' - g) / \|\delta\|_2^2`, of the loss along delta.
-      realised_norm: Euclidean length of the perturbation that was left after rounding to the
-        dtype of the params that `grad_fn` got.
-    """
-
-    grad_norm: jax.Array
-    dual_norm: jax.Array
-    perturbation_norm: jax.Array
-    effective_radius: jax.Array
-    predicted_sharpness: jax.Array
-    cosine: jax.Array
-    curvature: jax.Array
-    realised_norm: jax.Array
-
-
 class RobustGradient(NamedTuple):
     """The gradient at the perturbed params, and what was learnt on the way."""
 
     grads: Grads
     metric_state: State
-    basic = _diagnose(g_norm.norm, ascent, rho)
-    diagnostics: Diagnostics | MeasuredDiagnostics = basic
+    diagnostics: Diagnostics | MeasuredDiagnostics
+
+
+def robust_gradient(
+    grad_fn: Callable[[Params], Grads],
+    grads: Grads,
+    params: Params,
+    *,
+    metric: Metric,
+    metric_state: State,
+    rho: chex.Numeric,
+    mask: Mask = None,
+    measure: bool = False,
+    widen_params: bool = False,
+    axis_name: AxisName | None = None,
+    sync_perturbation: bool = True,
+) -> RobustGradient:
+    """The gradient at theta + delta*, with delta* from `grads`, the gradient at theta.
+
+    `sharpness_aware` explains the arguments. With `axis_name`, `grads` is what this device found
+    for its share of the batch, and what is returned is averaged over the axis.
+    """
+    check_params_and_gradient(params, grads)
+    if axis_name is not None:
+        check_varying(grads, axis_name, source="the gradient given to update")
+        if sync_perturbation:
+            grads = jax.lax.pmean(grads, axis_name)
+
+    chosen = _broadcast_mask(mask, params)
+    theta, g = _select(chosen, params), _select(chosen, grads)
+    ascent, metric_state = metric.ascent(g, theta, metric_state)
+    k = _multiple(ascent, rho)
+    delta = tree_scale(k, ascent.tangent)
+
+    def perturb(p: jax.Array, d: jax.Array) -> jax.Array:
+        wide = widen(p, d.dtype) + d
+        return wide if widen_params else wide.astype(p.dtype)
+
+    perturbed = jax.tree.map(perturb, theta, delta)
+    second = _evaluate(grad_fn, _merge(chosen, perturbed, params), grads, axis_name)
+    if axis_name is not None and sync_perturbation:
+        second = jax.lax.pmean(second, axis_name)
+
+    # A second gradient can be finite at NaN params (relu passes on zeros), so a first gradient that
+    # is not finite has to be passed on here: `finite` is exactly one, or NaN.
+    g_norm = scaled_norm(g)
+    finite = jax.lax.stop_gradient(g_norm.unit_norm / g_norm.unit_norm)
+    second = jax.tree.map(lambda s: s * finite.astype(s.dtype), second)
+
+    diagnostics: Diagnostics | MeasuredDiagnostics
+    diagnostics = basic = diagnose(g_norm.norm, ascent, k, rho)
     if measure:
         realised = jax.tree.map(
             lambda q, p, d: widen(q, d.dtype) - widen(p, d.dtype), perturbed, theta, delta
         )
-        measured = _measure(g, _select(chosen, second), delta, realised)
-        diagnostics = MeasuredDiagnostics(*basic, *measured)
-    diagnostics = jax.tree.map(lambda x: jax.lax.stop_gradient(x).astype(jnp.float32), diagnostics)
+        diagnostics = add_measurements(basic, g, _select(chosen, second), delta, realised)
     if axis_name is not None and not sync_perturbation:
         second, diagnostics = jax.lax.pmean((second, diagnostics), axis_name)
     return RobustGradient(second, metric_state, diagnostics)
@@ -147,35 +151,6 @@ def _evaluate(
     if axis_name is not None:
         check_varying(second, axis_name, source="the gradient that grad_fn returned")
     return jax.tree.map(lambda f, s: s.astype(f.dtype), first, second)
-
-
-def _diagnose(grad_norm: jax.Array, ascent: Ascent, rho: chex.Numeric) -> Diagnostics:
-    dtype = grad_norm.dtype
-    # For the Euclidean metric this sum of squares is the norm's own, which XLA computes once.
-    tangent_norm = euclidean_norm(ascent.tangent, dtype)
-    nonzero = grad_norm != 0
-    perturbation_norm = jnp.where(nonzero, _multiple(ascent, rho).astype(dtype) * tangent_norm, 0.0)
-    return Diagnostics(
-        grad_norm=grad_norm,
-        dual_norm=ascent.dual_norm,
-        perturbation_norm=perturbation_norm,
-        effective_radius=perturbation_norm / jnp.where(nonzero, grad_norm, 1.0),
-        predicted_sharpness=jnp.asarray(rho, dtype) * ascent.dual_norm.astype(dtype),
-    )
-
-
-def _measure(
-    first: Grads, second: Grads, delta: Params, realised: Params
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cosine of the gradients, curvature along delta and realised length; 0 where 0 / 0."""
-    a, b, d = scaled_norm(first), scaled_norm(second), scaled_norm(delta)
-    dtype = a.unit_norm.dtype
-    cosine = inner_product(a.unit, b.unit, dtype) / (a.unit_norm * b.unit_norm)
-    change = scaled_norm(jax.tree.map(jnp.subtract, second, first))
-    curvature = inner_product(d.unit, change.unit, dtype) / d.unit_norm**2
-    changed = change.inverse_scale != 0
-    curvature *= d.inverse_scale / jnp.where(changed, change.inverse_scale, 1.0)
-    return cosine, curvature, scaled_norm(realised).norm
 
 
 def _broadcast_mask(mask: Mask, params: Params) -> Any:

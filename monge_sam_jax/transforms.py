@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from monge_sam_jax._checks import bind_grad_fn, check_nonnegative
+from monge_sam_jax.diagnostics import Diagnostics, MeasuredDiagnostics
 from monge_sam_jax.metrics import (
     Grads,
     Metric,
@@ -22,9 +23,7 @@ from monge_sam_jax.metrics import (
 )
 from monge_sam_jax.perturbation import (
     AxisName,
-    Diagnostics,
     Mask,
-    MeasuredDiagnostics,
     RobustGradient,
     robust_gradient,
 )

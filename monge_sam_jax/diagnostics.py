@@ -1,0 +1,94 @@
+"""What the perturbation of a step looked like."""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from monge_sam_jax._numerics import euclidean_norm, inner_product, scaled_norm
+from monge_sam_jax.metrics import Ascent, Grads, Params
+
+
+class Diagnostics(NamedTuple):
+    r"""Float32 scalars over the perturbed leaves, that come with the norm the step needs anyway.
+
+    They are constants to differentiation.
+
+    Attributes:
+      grad_norm: :math:`\|g\|_2` of the first gradient, in units of loss per param.
+      dual_norm: :math:`\|g\|_{G^{-1}}`.
+      perturbation_norm: :math:`\|\delta^*\|_2`, in units of the params, before any rounding.
+      effective_radius: perturbation_norm / grad_norm, for SAM and M-SAM the paper's
+        :math:`\tilde\rho` (sections 2.1 and 3.2); zero where the gradient is zero.
+      predicted_sharpness: :math:`g^\top \delta^* = \rho \|g\|_{G^{-1}}`, in units of the loss.
+    """
+
+    grad_norm: jax.Array
+    dual_norm: jax.Array
+    perturbation_norm: jax.Array
+    effective_radius: jax.Array
+    predicted_sharpness: jax.Array
+
+
+class MeasuredDiagnostics(NamedTuple):
+    r"""`Diagnostics`, and what takes another pass over params and gradients.
+
+    Attributes:
+      grad_norm: as in `Diagnostics`, like the next four.
+      dual_norm: see there.
+      perturbation_norm: see there.
+      effective_radius: see there.
+      predicted_sharpness: see there.
+      cosine: cosine of the angle between the gradients g at theta and g' at theta + delta.
+      curvature: :math:`\delta^\top (g' - g) / \|\delta\|_2^2`, of the loss along delta.
+      realised_norm: Euclidean length of the perturbation that was left after rounding to the
+        dtype of the params that `grad_fn` got.
+    """
+
+    grad_norm: jax.Array
+    dual_norm: jax.Array
+    perturbation_norm: jax.Array
+    effective_radius: jax.Array
+    predicted_sharpness: jax.Array
+    cosine: jax.Array
+    curvature: jax.Array
+    realised_norm: jax.Array
+
+
+def diagnose(
+    grad_norm: jax.Array, ascent: Ascent, multiple: jax.Array, rho: chex.Numeric
+) -> Diagnostics:
+    """Diagnostics of delta* = multiple * tangent of the ascent."""
+    dtype = grad_norm.dtype
+    # For the Euclidean metric this sum of squares is the norm's own, which XLA computes once.
+    tangent_norm = euclidean_norm(ascent.tangent, dtype)
+    nonzero = grad_norm != 0
+    perturbation_norm = jnp.where(nonzero, multiple.astype(dtype) * tangent_norm, 0.0)
+    return Diagnostics(
+        grad_norm=_report(grad_norm),
+        dual_norm=_report(ascent.dual_norm),
+        perturbation_norm=_report(perturbation_norm),
+        effective_radius=_report(perturbation_norm / jnp.where(nonzero, grad_norm, 1.0)),
+        predicted_sharpness=_report(jnp.asarray(rho, dtype) * ascent.dual_norm.astype(dtype)),
+    )
+
+
+def add_measurements(
+    basic: Diagnostics, first: Grads, second: Grads, delta: Params, realised: Params
+) -> MeasuredDiagnostics:
+    """Adds to `basic` what the two gradients and the perturbation tell; 0 in place of 0 / 0."""
+    a, b, d = scaled_norm(first), scaled_norm(second), scaled_norm(delta)
+    dtype = a.unit_norm.dtype
+    cosine = inner_product(a.unit, b.unit, dtype) / (a.unit_norm * b.unit_norm)
+    change = scaled_norm(jax.tree.map(jnp.subtract, second, first))
+    changed = change.inverse_scale != 0
+    curvature = inner_product(d.unit, change.unit, dtype) / d.unit_norm**2
+    curvature *= d.inverse_scale / jnp.where(changed, change.inverse_scale, 1.0)
+    return MeasuredDiagnostics(
+        *basic, _report(cosine), _report(curvature), _report(scaled_norm(realised).norm)
+    )
+
+
+def _report(x: jax.Array) -> jax.Array:
+    return jax.lax.stop_gradient(x).astype(jnp.float32)
