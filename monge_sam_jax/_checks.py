@@ -55,11 +55,12 @@ def check_params_and_gradient(params: PyTree, grads: PyTree) -> None:
                     "perturb by its own argument mask="
                 )
     for path, leaf in jax.tree.leaves_with_path(grads):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            name = "float0" if dtype == jax.dtypes.float0 else dtype.name
             raise TypeError(
-                f"the gradient {_at(path)} has dtype {jnp.result_type(leaf)}; sharpness-aware "
-                "steps need float or complex gradients, so differentiate with respect to the float "
-                "leaves alone"
+                f"the gradient {_at(path)} has dtype {name}; sharpness-aware steps need float or "
+                "complex gradients, so differentiate with respect to the float leaves alone"
             )
     _check_same_form(
         params,

@@ -16,12 +16,17 @@ PyTree = Any
 def working_dtype(tree: PyTree) -> jnp.dtype:
     """Real dtype, float32 or wider, in which scalars over `tree` are computed."""
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(tree)]
-    return jnp.finfo(jnp.result_type(jnp.float32, *dtypes)).dtype
+    return jnp.finfo(_promote(jnp.float32, *dtypes)).dtype
 
 
 def widen(leaf: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`leaf` in `dtype`, a real one, or in the complex counterpart of it for a complex leaf."""
-    return leaf.astype(jnp.result_type(leaf.dtype, dtype))
+    return leaf.astype(_promote(leaf.dtype, dtype))
+
+
+def _promote(*dtypes: jnp.dtype) -> jnp.dtype:
+    with jax.numpy_dtype_promotion("standard"):  # the casts are explicit, so strict mode has no say
+        return jnp.result_type(*dtypes)
 
 
 def tree_scale(scalar: jax.Array, tree: PyTree) -> PyTree:
@@ -43,15 +48,24 @@ def inner_product(a: PyTree, b: PyTree, dtype: jnp.dtype) -> jax.Array:
             return jnp.sum(x.real * y.real + x.imag * y.imag)
         return jnp.sum(x * y)
 
-    return sum(jax.tree.leaves(jax.tree.map(leaf_product, a, b)), start=jnp.zeros((), dtype))
+    return _pairwise_sum(jax.tree.leaves(jax.tree.map(leaf_product, a, b)), dtype)
+
+
+def _pairwise_sum(terms: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
+    """Sum of scalars in a balanced tree: in a row, 300 equal ones are off by 2e-6 in float32."""
+    while len(terms) > 1:
+        pairs = [x + y for x, y in zip(terms[::2], terms[1::2], strict=False)]
+        terms = pairs + terms[len(pairs) * 2 :]
+    return terms[0] if terms else jnp.zeros((), dtype)
 
 
 def euclidean_norm(tree: PyTree, dtype: jnp.dtype) -> jax.Array:
-    """Norm of a tree whose squares stay in range; the square root of `tiny` where it is zero.
+    """Norm of a tree with entries of order one, or zero: then a small positive number.
 
-    The floor keeps the square root differentiable at zero.
+    The floor (5e-7 in float32) keeps all derivatives finite at zero that are multiplied by zero.
     """
-    return jnp.sqrt(jnp.maximum(inner_product(tree, tree, dtype), jnp.finfo(dtype).tiny))
+    floor = jnp.finfo(dtype).tiny ** (1 / 3)
+    return jnp.sqrt(jnp.maximum(inner_product(tree, tree, dtype), floor))
 
 
 class ScaledNorm(NamedTuple):

@@ -164,7 +164,11 @@ def _broadcast_mask(mask: Mask, params: Params) -> Any:
             raise TypeError(f"the leaves of mask must be bools, got {chosen!r}")
         return jax.tree.map(lambda _: bool(chosen), subtree)
 
-    return jax.tree.map(fill, tree, params)
+    try:
+        return jax.tree.map(fill, tree, params)
+    except ValueError as error:
+        message = f"mask must be a tree of bools that is a prefix of the params: {error}"
+        raise ValueError(message) from error
 
 
 def _select(chosen: Any, tree: Any) -> Any:
