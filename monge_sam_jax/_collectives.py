@@ -52,4 +52,7 @@ def _tracked_axes(axis_name: Hashable) -> tuple[Hashable, ...]:
 
 
 def _varying_axes(x: jax.Array) -> frozenset[Hashable]:
-    return getattr(jax.typeof(x), "vma", frozenset())
+    kind = jax.typeof(x)
+    if hasattr(kind, "manual_axis_type"):
+        return kind.manual_axis_type.varying
+    return kind.vma  # JAX before 0.10
