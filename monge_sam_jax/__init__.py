@@ -6,6 +6,7 @@ The builders `monge_sam`, `sam`, `adaptive_sam` and `fisher_sam` go first in an 
 
 from monge_sam_jax.diagnostics import Diagnostics as Diagnostics
 from monge_sam_jax.diagnostics import MeasuredDiagnostics as MeasuredDiagnostics
+from monge_sam_jax.diagnostics import get_diagnostics as get_diagnostics
 from monge_sam_jax.gradients import sharpness_aware_value_and_grad as sharpness_aware_value_and_grad
 from monge_sam_jax.metrics import Ascent as Ascent
 from monge_sam_jax.metrics import Metric as Metric
@@ -17,7 +18,6 @@ from monge_sam_jax.perturbation import worst_case_perturbation as worst_case_per
 from monge_sam_jax.transforms import SharpnessAwareState as SharpnessAwareState
 from monge_sam_jax.transforms import adaptive_sam as adaptive_sam
 from monge_sam_jax.transforms import fisher_sam as fisher_sam
-from monge_sam_jax.transforms import get_diagnostics as get_diagnostics
 from monge_sam_jax.transforms import monge_sam as monge_sam
 from monge_sam_jax.transforms import sam as sam
 from monge_sam_jax.transforms import sharpness_aware as sharpness_aware

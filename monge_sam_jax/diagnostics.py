@@ -1,6 +1,6 @@
 """What the perturbation of a step looked like."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -54,6 +54,39 @@ class MeasuredDiagnostics(NamedTuple):
     cosine: jax.Array
     curvature: jax.Array
     realised_norm: jax.Array
+
+
+def get_diagnostics(opt_state: chex.ArrayTree) -> Diagnostics | MeasuredDiagnostics:
+    """The diagnostics of the sharpness-aware transformation somewhere inside an Optax state.
+
+    Args:
+      opt_state: state of the transformation, or of whatever was built around it: `optax.chain`,
+        `optax.inject_hyperparams`, a Flax training state, any pytree.
+
+    Returns:
+      The `Diagnostics` of the last perturbation, or `MeasuredDiagnostics` with measure=True.
+
+    Raises:
+      ValueError: there is no such transformation in the state, or more than one.
+
+    >>> import jax, optax
+    >>> import jax.numpy as jnp
+    >>> from monge_sam_jax import get_diagnostics, sam
+    >>> tx = optax.chain(sam(), optax.adam(1e-3))
+    >>> get_diagnostics(tx.init(jnp.ones(2))).grad_norm
+    Array(0., dtype=float32)
+    """
+
+    def is_diagnostics(x: Any) -> bool:
+        return isinstance(x, (Diagnostics, MeasuredDiagnostics))
+
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_diagnostics) if is_diagnostics(x)]
+    if len(found) != 1:
+        raise ValueError(
+            f"expected one sharpness-aware state in the optimizer's state, found {len(found)}; it "
+            "is there if sam, monge_sam or the like is in the chain that made the state"
+        )
+    return found[0]
 
 
 def diagnose(

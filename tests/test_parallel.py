@@ -207,6 +207,12 @@ def test_jit_with_sharded_arrays_equals_one_device(case, explicit, params_spec):
     )
 
 
+def trace_shard_map(function, params, batch, state):
+    in_specs, out_specs = (P(), P("data"), P()), (P(), P())
+    mapped = jax.shard_map(function, mesh=mesh(), in_specs=in_specs, out_specs=out_specs)
+    return jax.eval_shape(mapped, params, batch, state)
+
+
 def summed_by_shard_map(params, batch, tx, state):
     grads = jax.grad(network_loss)(params, batch)  # of replicated params: summed over devices
     return tx.update(grads, state, params, batch=batch)
@@ -217,12 +223,12 @@ def test_a_gradient_summed_by_shard_map_is_an_error_that_names_pcast(case, sync)
     tx = optimizer(case, jax.grad(network_loss), axis_name="data", sync_perturbation=sync)
     params = example_params()
     with pytest.raises(ValueError, match=r"does not vary over 'data'.*pcast\(params, 'data'"):
-        jax.shard_map(
+        trace_shard_map(
             lambda p, b, s: summed_by_shard_map(p, b, tx, s),
-            mesh=mesh(),
-            in_specs=(P(), P("data"), P()),
-            out_specs=(P(), P()),
-        )(params, example_batch(32), tx.init(params))
+            params,
+            example_batch(32),
+            tx.init(params),
+        )
 
 
 def test_a_second_gradient_that_was_averaged_is_an_error(case):
@@ -235,6 +241,4 @@ def test_a_second_gradient_that_was_averaged_is_an_error(case):
 
     params = example_params()
     with pytest.raises(ValueError, match=r"grad_fn returned.* does not vary over 'data'"):
-        jax.shard_map(update, mesh=mesh(), in_specs=(P(), P("data"), P()), out_specs=(P(), P()))(
-            params, example_batch(32), tx.init(params)
-        )
+        trace_shard_map(update, params, example_batch(32), tx.init(params))

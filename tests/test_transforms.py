@@ -148,9 +148,10 @@ TAILS = {
 }
 
 
+@pytest.mark.parametrize("name", ["monge_sam", "adaptive_sam"])
 @pytest.mark.parametrize("tail", TAILS)
-def test_before_other_transformations(case, tail):
-    tail = TAILS[tail]()
+def test_before_other_transformations(name, tail):
+    case, tail = CASES[name], TAILS[tail]()
     tx = optax.chain(case.builder(network_grad, rho=0.1, **case.options), tail)
     actual, _ = run(tx, example_params(), 6, network_grad, batch=BATCH)
     chex.assert_trees_all_close(actual, by_hand(case, tail, 6), rtol=1e-4, atol=1e-5)

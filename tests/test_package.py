@@ -1,0 +1,65 @@
+"""The package as a whole: what it imports, what its README says, the versions it allows."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_import_is_light():
+    """In a fresh interpreter: neither Flax nor the plotting and data libraries are loaded."""
+    script = (
+        "import sys, monge_sam_jax\n"
+        "heavy = {'flax', 'matplotlib', 'sklearn', 'rich', 'tyro'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_readme_blocks_run():
+    """Every Python block, one after another in one namespace, as a reader would type them."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    assert len(blocks) >= 4
+    namespace = {}
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"README block {i}", "exec"), namespace)
+
+
+def test_readme_commands_are_those_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    main, test = re.findall(r"^python3 -m venv .*$", readme, re.M)[:2]
+    assert main.endswith("monge-sam train")
+    assert ".[cli]" in main
+    assert test.endswith("pytest -n auto")
+    assert ".[test]" in test
+    assert {"cli", "test"} <= set(PROJECT["optional-dependencies"])
+    assert "monge-sam" in PROJECT["scripts"]
+
+
+def test_version_is_one_number():
+    import monge_sam_jax
+
+    assert re.fullmatch(r"\d+\.\d+\.\d+", monge_sam_jax.__version__)
+
+
+@pytest.mark.slow
+def test_oldest_allowed_versions(tmp_path):
+    """Installs every lower bound and runs the core tests with it."""
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    oldest = [requirement.replace(">=", "==") for requirement in PROJECT["dependencies"]]
+    jaxlib = [r.replace("jax==", "jaxlib==") for r in oldest if r.startswith("jax==")]
+    cli = [r.replace(">=", "==") for r in PROJECT["optional-dependencies"]["cli"]]
+    install = [python, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*install, *oldest, *jaxlib, *cli, "pytest", "hypothesis"], check=True)
+    subprocess.run([*install, "--no-deps", ROOT], check=True)
+    core = ["metrics", "contract", "transforms", "gradients", "parallel", "cost", "train"]
+    files = [ROOT / "tests" / f"test_{name}.py" for name in core]
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    subprocess.run(command, check=True, cwd=tmp_path)
