@@ -1,0 +1,602 @@
+"""The command `monge-sam train`: its results, its figure, and what it says to bad input."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from matplotlib.colors import to_rgb
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from monge_sam_jax import plotting
+from monge_sam_jax.__main__ import main
+from monge_sam_jax.experiments import data, models, report, task, training
+
+EPOCHS, BATCH_SIZE = 3, 64
+OPTIMIZERS = ("sgd", "sam", "monge_sam")
+TIMES = {"seconds_per_step", "ratio_to_sgd"}
+
+
+def train(output, *options):
+    """The content of results.json and what was printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        main(["train", "--output", str(output), *options])
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (output / "results.json").read_text(encoding="utf-8")
+    return json.loads(text, parse_constant=refuse), printed.getvalue()
+
+
+COMMAND = ("--optimizers", *OPTIMIZERS, "--epochs", str(EPOCHS), "--batch-size", str(BATCH_SIZE))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("digits")
+
+
+@pytest.fixture(scope="module")
+def outcome(folder):
+    return train(folder, *COMMAND, "--seeds", "2", "--seed", "3")
+
+
+def error_line(capsys, *args):
+    """The one line on stderr with which the command exits."""
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", *args])
+    assert exit_.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.count("\n") == 1
+    return err
+
+
+# --- results.json ---
+
+
+def without_times(tree):
+    if isinstance(tree, dict):
+        return {name: without_times(value) for name, value in tree.items() if name not in TIMES}
+    return [without_times(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def test_the_configuration_is_recorded(outcome):
+    results, _ = outcome
+    configuration = results["configuration"]
+    assert configuration["optimizers"] == list(OPTIMIZERS)
+    assert configuration["learning_rate"] == 0.05
+    assert (configuration["epochs"], configuration["seeds"], configuration["seed"]) == (3, 2, 3)
+    assert results["versions"]["jax"] == jax.__version__
+    assert results["versions"]["optax"] == optax.__version__
+    assert set(results["versions"]) >= {"flax", "monge_sam_jax"}
+    assert results["device"]["platform"] == jax.devices()[0].platform
+    assert results["data"]["train_samples"] + results["data"]["test_samples"] == 1797
+    assert results["parameters"] == 64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10
+    radii = {name: entry["rho"] for name, entry in results["optimizers"].items()}
+    assert radii == {"sgd": None, "sam": 0.05, "monge_sam": 0.05}
+
+
+def test_means_and_standard_errors_are_those_of_the_seeds(outcome):
+    for entry in outcome[0]["optimizers"].values():
+        assert set(entry["summary"]) == set(report.COLUMNS)
+        for quantity, summary in entry["summary"].items():
+            values = [seed["final"][quantity] for seed in entry["seeds"]]
+            error = np.std(values, ddof=1) / np.sqrt(2)
+            np.testing.assert_allclose(summary["mean"], np.mean(values), rtol=1e-12)
+            np.testing.assert_allclose(summary["standard_error"], error, rtol=1e-9, atol=1e-15)
+
+
+def test_seeds_differ(outcome):
+    for entry in outcome[0]["optimizers"].values():
+        first, second = entry["seeds"]
+        assert (first["seed"], second["seed"]) == (3, 4)
+        assert first["curves"]["train_loss"] != second["curves"]["train_loss"]
+
+
+def test_final_metrics_are_the_ends_of_the_curves_and_median_times(outcome):
+    optimizers = outcome[0]["optimizers"]
+    for entry in optimizers.values():
+        for seed, sgd in zip(entry["seeds"], optimizers["sgd"]["seeds"], strict=True):
+            for quantity in ("train_loss", "test_loss", "test_accuracy"):
+                assert len(seed["curves"][quantity]) == EPOCHS
+                assert seed["final"][quantity] == seed["curves"][quantity][-1]
+            assert len(seed["seconds_per_step"]) == EPOCHS
+            seconds = np.median(seed["seconds_per_step"])
+            assert seed["final"]["seconds_per_step"] == seconds > 0
+            ratio = seconds / np.median(sgd["seconds_per_step"])
+            np.testing.assert_allclose(seed["final"]["ratio_to_sgd"], ratio)
+
+
+def perturbation(name, grads, rho=0.05):
+    """Rho g / |g|, and for M-SAM that over sqrt(1 + |g|^2)."""
+    norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
+    length = {"sgd": 0.0, "sam": rho, "monge_sam": rho / jnp.sqrt(1 + norm**2)}[name]
+    return jax.tree.map(lambda g: length / norm * g, grads), jnp.array([norm, length])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_curves_are_those_of_a_loop_by_hand(outcome, name):
+    digits = load_digits()
+    split = train_test_split(
+        digits.images / 16, digits.target, test_size=0.5, stratify=digits.target, random_state=0
+    )
+    x, x_test, y, y_test = (np.asarray(a, t) for a, t in zip(split, "ffii", strict=True))
+    model = models.MLP(classes=10)
+
+    @jax.jit
+    def loss_fn(params, x, y):
+        log_p = jax.nn.log_softmax(model.apply(params, x))
+        return -(log_p * jax.nn.one_hot(y, 10)).sum(axis=1).mean()
+
+    grad_fn = jax.grad(loss_fn)
+    tx = optax.sgd(0.05, momentum=0.9)
+
+    @jax.jit
+    def step(params, state, x, y):
+        delta, lengths = perturbation(name, grad_fn(params, x, y))
+        updates, state = tx.update(grad_fn(optax.apply_updates(params, delta), x, y), state)
+        return optax.apply_updates(params, updates), state, lengths
+
+    params = model.init(jax.random.key(3), x[:1])
+    state = tx.init(params)
+    curves = outcome[0]["optimizers"][name]["seeds"][0]["curves"]
+    for epoch in range(EPOCHS):
+        order = np.random.default_rng((3, epoch)).permutation(len(y))
+        logged = []
+        for k in range(len(y) // BATCH_SIZE):
+            batch = order[k * BATCH_SIZE : (k + 1) * BATCH_SIZE]
+            params, state, (norm, length) = step(params, state, x[batch], y[batch])
+            logged.append((norm, length, length / norm))
+        accuracy = np.mean(np.argmax(model.apply(params, x_test), axis=1) == y_test)
+        expected = {
+            "train_loss": loss_fn(params, x, y),
+            "test_loss": loss_fn(params, x_test, y_test),
+            "test_accuracy": 100 * accuracy,
+        }
+        if name != "sgd":
+            means = np.mean(logged, axis=0)
+            quantities = ("grad_norm", "perturbation_norm", "effective_radius")
+            expected |= dict(zip(quantities, means, strict=True))
+        assert set(curves) == set(expected)
+        for quantity, value in expected.items():
+            np.testing.assert_allclose(curves[quantity][epoch], value, rtol=1e-4)
+
+
+def test_same_command_same_results(outcome, tmp_path):
+    results, _ = train(tmp_path, *COMMAND, "--seeds", "2", "--seed", "3")
+    results["configuration"]["output"] = outcome[0]["configuration"]["output"]
+    assert without_times(results) == without_times(outcome[0])
+
+
+def test_one_rho_for_all_and_no_height_for_monge_sam(tmp_path):
+    results, printed = train(
+        tmp_path,
+        *("--optimizers", "monge_sam", "adaptive_sam", "--rho", "0.2", "--alpha", "0"),
+        *("--base", "adamw", "--epochs", "1", "--seeds", "1", "--sharpness-rho", "0"),
+    )
+    for entry in results["optimizers"].values():
+        assert entry["rho"] == 0.2
+        assert abs(entry["seeds"][0]["final"]["sharpness"]) < 1e-5
+        assert all(summary["standard_error"] is None for summary in entry["summary"].values())
+    curves = results["optimizers"]["monge_sam"]["seeds"][0]["curves"]
+    np.testing.assert_allclose(curves["perturbation_norm"], 0.2, rtol=1e-6)
+    assert results["configuration"]["learning_rate"] == 0.001
+    assert "±" not in printed
+    assert "ratio_to_sgd" not in results["optimizers"]["monge_sam"]["summary"]
+    assert printed.count(" -") == 2
+
+
+def test_a_run_that_diverges_gives_valid_json(tmp_path):
+    results, printed = train(
+        tmp_path,
+        *("--optimizers", "sgd", "sam", "--learning-rate", "1e30"),
+        *("--epochs", "1", "--seeds", "2"),
+    )
+    for entry in results["optimizers"].values():
+        assert entry["summary"]["train_loss"] == {"mean": None, "standard_error": None}
+        assert entry["seeds"][0]["curves"]["train_loss"] == [None]
+        assert entry["seeds"][0]["final"]["sharpness"] is None
+    assert printed.count("diverged") == 6
+    assert (tmp_path / "training.png").stat().st_size > 0
+
+
+# --- table and figure ---
+
+
+def test_the_table_shows_mean_and_standard_error(outcome):
+    results, printed = outcome
+    assert all(entry["label"] in printed for entry in results["optimizers"].values())
+    for entry in results["optimizers"].values():
+        for quantity, summary in entry["summary"].items():
+            factor = 1e3 if quantity == "seconds_per_step" else 1
+            error = summary["standard_error"] and summary["standard_error"] * factor
+            for line in report.format_estimate(summary["mean"] * factor, error).split("\n"):
+                assert line in printed
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "text"),
+    [
+        (12.3456, 0.123, "12.35\n±0.12"),
+        (1234.5, 67.8, "1234\n±68"),
+        (-0.5, 0.00999, "-0.5000\n±0.0100"),
+        (1.234e-6, 2.5e-7, "1.23e-06\n±2.5e-07"),
+        (0.0, 1e9, "0.00e+00\n±1.0e+09"),
+        (1.0, 0.0, "1"),
+        (97.654321, None, "97.65"),
+    ],
+)
+def test_estimates_are_written_to_two_digits_of_the_error(mean, error, text):
+    assert report.format_estimate(mean, error) == text
+
+
+def test_one_diverged_seed_makes_the_mean_diverge():
+    seeds = [{"loss": 1.0, "time": 1.0}, {"loss": float("inf"), "time": 3.0}]
+    assert report.jsonable(report.summarise(seeds)) == {
+        "loss": {"mean": None, "standard_error": None},
+        "time": {"mean": 2.0, "standard_error": 1.0},
+    }
+
+
+def test_the_figure_draws_means_and_bands(outcome):
+    results, _ = outcome
+    figure = plotting.training_figure(results)
+    panels = ("train_loss", "test_accuracy", "effective_radius")
+    for axes, quantity in zip(figure.axes, panels, strict=True):
+        names = [
+            n for n in OPTIMIZERS if quantity in results["optimizers"][n]["seeds"][0]["curves"]
+        ]
+        assert len(axes.lines) == len(axes.collections) == len(names)
+        for name, line, band in zip(names, axes.lines, axes.collections, strict=True):
+            seeds = results["optimizers"][name]["seeds"]
+            curves = np.array([seed["curves"][quantity] for seed in seeds])
+            np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3])
+            np.testing.assert_allclose(line.get_ydata(), curves.mean(axis=0))
+            edges = band.get_paths()[0].vertices[:, 1]
+            error = curves.std(axis=0, ddof=1) / np.sqrt(2)
+            np.testing.assert_allclose(edges.max(), np.max(curves.mean(axis=0) + error))
+    assert [axes.get_yscale() for axes in figure.axes] == ["log", "linear", "log"]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["SGD", "SAM", "M-SAM"]
+
+
+def test_the_png_shows_the_optimizers_that_ran(outcome, folder):
+    del outcome
+    pixels = matplotlib.image.imread(folder / "training.png")[..., :3]
+    height, width, _ = pixels.shape
+    assert width == plotting.WIDTH * plotting.DOTS_PER_INCH
+    assert 400 < height < width
+    for name, colour in plotting.COLOURS.items():
+        shown = np.all(np.abs(pixels - to_rgb(colour)) < 0.01, axis=-1).sum()
+        assert (shown > 100) == (name in OPTIMIZERS)
+
+
+# --- what is measured, and how ---
+
+
+def softmax_regression(x, y, weights, bias):
+    """Mean cross-entropy and its gradient."""
+    logits = x @ weights + bias
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    residual = p - np.eye(p.shape[1])[y]
+    loss = -np.log(p[np.arange(len(y)), y]).mean()
+    return loss, x.T @ residual / len(y), residual.mean(axis=0)
+
+
+@pytest.mark.parametrize("largest_chunk", [2048, 7])
+def test_measures_are_those_of_softmax_regression(monkeypatch, largest_chunk):
+    monkeypatch.setattr(task, "LARGEST_CHUNK", largest_chunk)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 4)), rng.integers(3, size=40)
+    batch = data.Batch(jnp.asarray(x, "float32"), jnp.asarray(y, "int32"))
+    test = data.Batch(batch.x[:17], batch.y[:17])
+    problem = task.Task(data.Dataset(batch, test, classes=3), nn.Dense(3))
+    params = jax.tree.map(lambda p: p + 0.1, problem.init(0))
+    weights, bias = (np.asarray(params["params"][k], float) for k in ("kernel", "bias"))
+
+    loss, g_weights, g_bias = softmax_regression(x, y, weights, bias)
+    norm = np.sqrt(np.sum(g_weights**2) + np.sum(g_bias**2))
+    step = 0.5 / norm
+    there, *_ = softmax_regression(x, y, weights + step * g_weights, bias + step * g_bias)
+    np.testing.assert_allclose(problem.sharpness(params, 0.5), there - loss, rtol=1e-5)
+
+    correct = np.argmax(x[:17] @ weights + bias, axis=1) == y[:17]
+    expected = {
+        "train_loss": loss,
+        "test_loss": softmax_regression(x[:17], y[:17], weights, bias)[0],
+        "test_accuracy": 100 * correct.mean(),
+    }
+    measured = problem.measure(params)
+    assert set(measured) == set(expected)
+    for quantity, value in expected.items():
+        np.testing.assert_allclose(measured[quantity], value, rtol=1e-5)
+
+
+def small_task():
+    rng = np.random.default_rng(1)
+    batch = data.Batch(
+        jnp.asarray(rng.normal(size=(20, 3)), "float32"),
+        jnp.asarray(rng.integers(2, size=20), "int32"),
+    )
+    return task.Task(data.Dataset(batch, batch, classes=2), nn.Dense(2))
+
+
+def test_optimizers_take_turns_in_a_fixed_order_and_compile_once():
+    problem = small_task()
+    steps = []
+
+    def recording(name, optimizer):
+        def step(*args):
+            steps.append(name)
+            return optimizer.step(*args)
+
+        return training.Optimizer(optimizer.tx, step)
+
+    optimizers = {
+        name: training.make_optimizer(name, optax.adam(0.01), problem)
+        for name in ("sgd", *training.BUILDERS)
+    }
+    training.compile_steps(problem, optimizers, batch_size=8)
+    assert all(optimizer.step._cache_size() == 1 for optimizer in optimizers.values())
+    recorded = {name: recording(name, optimizer) for name, optimizer in optimizers.items()}
+    calls = []
+    for _ in range(2):
+        steps.clear()
+        training.train(
+            problem,
+            recorded,
+            seed=0,
+            epochs=6,
+            batch_size=8,
+            on_epoch=lambda: calls.append(steps[-1]),
+        )
+        turns = np.array(steps).reshape(6, 5, 2)  # epochs, optimizers, steps: 20 // 8
+        assert np.all(turns[..., 0] == turns[..., 1])
+        orders = [tuple(epoch) for epoch in turns[..., 0]]
+        assert all(set(order) == set(optimizers) for order in orders)
+        assert len(set(orders)) > 1
+    assert calls[:30] == calls[30:] == [name for order in orders for name in order]
+    assert all(optimizer.step._cache_size() == 1 for optimizer in optimizers.values())
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        ("sgd", optax.sgd(0.1, momentum=0.9)),
+        ("adam", optax.adam(0.1)),
+        ("adamw", optax.adamw(0.1)),
+    ],
+)
+def test_sgd_is_the_base_optimizer_alone(base, expected):
+    problem = small_task()
+    optimizer = training.make_optimizer("sgd", training.BASES[base](0.1), problem)
+
+    @jax.jit
+    def expected_step(params, state):
+        grads = jax.grad(problem.loss)(params, problem.dataset.train)
+        updates, state = expected.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, reference = problem.init(0), problem.init(0)
+    state, reference_state = optimizer.tx.init(params), expected.init(reference)
+    for _ in range(2):
+        reference, reference_state = expected_step(reference, reference_state)
+        params, state, logged = optimizer.step(params, state, problem.dataset.train)
+        assert logged.shape == (0,)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params, reference)
+
+
+# --- the user's own data ---
+
+
+def write(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+def some(shape, classes=2):
+    rng = np.random.default_rng(0)
+    return {"x": rng.normal(3, 2, size=shape), "y": np.arange(shape[0]) % classes}
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((40, 3), 0), ((40, 4, 4), (0, 1, 2)), ((40, 4, 4, 3), (0, 1, 2))],
+)
+def test_data_are_standardised_with_the_training_set(tmp_path, shape, axes):
+    arrays = some(shape)
+    arrays["x"][:20] += 10  # so that the two sets differ
+    dataset = data.from_file(write(tmp_path / "d.npz", **arrays))
+    np.testing.assert_allclose(np.mean(dataset.train.x, axes), 0, atol=1e-6)
+    np.testing.assert_allclose(np.std(dataset.train.x, axes), 1, rtol=1e-6)
+    # One affine map takes all raw values to those of both sets.
+    raw = np.sort(arrays["x"].reshape(-1, shape[-1] if len(shape) != 3 else 1), axis=0)
+    both = np.concatenate([dataset.train.x, dataset.test.x])
+    new = np.sort(both.reshape(raw.shape), axis=0)
+    slope = (new[-1] - new[0]) / (raw[-1] - raw[0])
+    np.testing.assert_allclose(new, new[0] + slope * (raw - raw[0]), atol=1e-4)
+
+
+def test_classes_are_counted_from_zero_in_proportion(tmp_path):
+    x = np.stack([np.arange(60.0), np.full(60, 0.1)], axis=1)  # a constant feature
+    y = np.repeat(np.array([7, 300, 12], np.uint16), [30, 20, 10])
+    dataset = data.from_file(write(tmp_path / "d.npz", x=x, y=y))
+    assert dataset.classes == 3
+    for samples in (dataset.train, dataset.test):
+        np.testing.assert_array_equal(np.bincount(samples.y), [15, 5, 10])
+        np.testing.assert_allclose(samples.x[:, 1], 0, atol=1e-6)
+    # 0 to 29 are class 7, the first; 30 to 49 class 300, the last; order is kept by scaling.
+    first, last = (dataset.train.x[dataset.train.y == k, 0] for k in (0, 2))
+    assert first.max() < last.min()
+
+
+def test_a_convolutional_net_on_images_of_the_user(tmp_path):
+    path = write(tmp_path / "mine.npz", **some((40, 5, 6, 3)))
+    results, printed = train(
+        tmp_path / "deep" / "folder",
+        *("--data", str(path), "--model", "cnn", "--optimizers", "fisher_sam"),
+        *("--epochs", "1", "--seeds", "1", "--batch-size", "20"),
+    )
+    assert results["data"] == {
+        "name": "mine.npz",
+        "train_samples": 20,
+        "test_samples": 20,
+        "sample_shape": [5, 6, 3],
+        "classes": 2,
+    }
+    assert np.isfinite(results["optimizers"]["fisher_sam"]["summary"]["sharpness"]["mean"])
+    assert "mine.npz: cnn" in printed
+
+
+def test_the_convolutional_net_adds_the_channel():
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8))
+    model = models.CNN(classes=3, channels=2)
+    apply = jax.jit(model.apply)
+    params = jax.jit(model.init)(jax.random.key(1), x)
+    assert params["params"]["Conv_0"]["kernel"].shape == (3, 3, 1, 2)
+    assert apply(params, x).shape == (2, 3)
+    np.testing.assert_array_equal(apply(params, x), apply(params, x[..., None]))
+
+
+X, Y = some((40, 3)).values()
+MALFORMED = {
+    "missing x": ({"y": Y}, "no array x"),
+    "missing y": ({"x": X}, "no array y"),
+    "pickled": ({"x": X.astype(object), "y": Y}, "Object arrays cannot be loaded"),
+    "text": ({"x": X.astype(str), "y": Y}, "x must hold integers or floats"),
+    "complex": ({"x": X + 1j, "y": Y}, "x must hold integers or floats, got complex128"),
+    "nan": ({"x": np.where(X > 3, np.nan, X), "y": Y}, "x is not finite"),
+    "infinite": ({"x": np.where(X > 3, -np.inf, X), "y": Y}, "x is not finite"),
+    "too large": ({"x": X * 1e40, "y": Y}, "x is not finite"),
+    "length": ({"x": X, "y": Y[1:]}, "x and y differ in length: 40 and 39"),
+    "float labels": ({"x": X, "y": Y.astype(float)}, "labels y must be integers, got float64"),
+    "bool labels": ({"x": X, "y": Y == 1}, "labels y must be integers, got bool"),
+    "negative": ({"x": X, "y": Y - 1}, "labels y must not be negative, got -1"),
+    "single class": ({"x": X, "y": Y * 0 + 4}, "y has a single class, 4"),
+    "few of a class": ({"x": X, "y": (np.arange(40) > 36) + 8}, "class 9 has 3"),
+    "few": ({"x": X[:2], "y": Y[:2]}, "too few samples"),
+    "no samples": ({"x": X[:0], "y": Y[:0]}, "x is empty"),
+    "no features": ({"x": X[:, :0], "y": Y}, "x is empty"),
+    "flat x": ({"x": X[:, 0], "y": Y}, "x must be (n, ...) and y (n,), got (40,) and (40,)"),
+    "matrix y": ({"x": X, "y": Y[:, None]}, "x must be (n, ...) and y (n,)"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_arrays_are_refused_in_one_line(case, tmp_path, capsys):
+    arrays, message = MALFORMED[case]
+    path = write(tmp_path / "d.npz", **arrays)
+    line = error_line(capsys, "--data", str(path), "--output", str(tmp_path / "out"))
+    assert line.startswith(f"monge-sam: error: {path}: ")
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_no_archives_are_refused_in_one_line(tmp_path, capsys):
+    good = write(tmp_path / "good.npz", x=X, y=Y).read_bytes()
+    corrupt = bytearray(good)
+    corrupt[200:300] = bytes(100)
+    np.save(tmp_path / "array.npy", X)
+    files = {
+        "empty.npz": b"",
+        "text.npz": b"x,y\n1,2\n",
+        "pickle.npz": b"\x80\x04N.",
+        "truncated.npz": good[: len(good) // 2],
+        "corrupt.npz": bytes(corrupt),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        line = error_line(capsys, "--data", str(tmp_path / name))
+        assert f"{name}: cannot be read as an .npz file of plain arrays" in line
+    assert "no such file" in error_line(capsys, "--data", str(tmp_path / "absent.npz"))
+    assert "no such file" in error_line(capsys, "--data", str(tmp_path / "two\nlines.npz"))
+    assert "directory" in error_line(capsys, "--data", str(tmp_path))
+    assert "no array x" in error_line(capsys, "--data", str(tmp_path / "array.npy"))
+
+
+@pytest.mark.parametrize("shape", [(40, 16), (40, 2, 2, 2, 2)])
+def test_the_convolutional_net_needs_images(shape, tmp_path, capsys):
+    path = write(tmp_path / "d.npz", **some(shape))
+    line = error_line(capsys, "--data", str(path), "--model", "cnn")
+    assert "the cnn needs images" in line
+    assert str(shape[1:])[1:-1].rstrip(",") in line
+
+
+# --- options ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--rho -0.1", "--rho must be finite and not negative, got -0.1"),
+        ("--rho nan", "--rho must be finite and not negative, got nan"),
+        ("--alpha -1", "--alpha must be finite and not negative, got -1"),
+        ("--learning-rate inf", "--learning-rate must be finite and not negative, got inf"),
+        ("--sharpness-rho -1", "--sharpness-rho must be finite and not negative, got -1"),
+        ("--epochs 0", "--epochs must be at least 1, got 0"),
+        ("--seeds -2", "--seeds must be at least 1, got -2"),
+        ("--seed -1", "--seed must be from 0 to 2147483647, got -1"),
+        ("--batch-size 0", "--batch-size must be at least 1, got 0"),
+        ("--batch-size 899", "--batch-size 899 is larger than the training set of 898"),
+        ("--optimizers", "--optimizers needs at least one name"),
+        ("--optimizers sam sam", "--optimizers has a name twice: sam sam"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(options, message, tmp_path, capsys):
+    line = error_line(capsys, *options.split(), "--output", str(tmp_path / "out"))
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    line = error_line(capsys, "--output", str(tmp_path / "file"))
+    assert f"--output {tmp_path / 'file'}: File exists" in line
+
+
+@pytest.mark.parametrize(
+    "args", [["train", "--optimizers", "lion"], ["train", "--epochs", "x"], []]
+)
+def test_what_cannot_be_parsed_exits_with_code_two(args, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(args)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("optimizers", "base", "rho", "alpha", "data", "sharpness-rho", "output"):
+        assert f"--{option} " in text
+    assert "mean zero" in text
+
+
+def test_a_missing_extra_is_named_in_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert "tyro is missing; pip install 'monge_sam_jax[cli]'" in error_line(capsys)
+
+
+def test_help_waits_for_no_heavy_import():
+    code = (
+        "import sys; from monge_sam_jax.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'flax', 'matplotlib', 'sklearn'} & set(sys.modules)"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "train" in finished.stdout
