@@ -14,6 +14,7 @@ from monge_sam_jax.metrics import adaptive as adaptive
 from monge_sam_jax.metrics import diagonal_fisher as diagonal_fisher
 from monge_sam_jax.metrics import euclidean as euclidean
 from monge_sam_jax.metrics import monge as monge
+from monge_sam_jax.metrics import pullback as pullback
 from monge_sam_jax.perturbation import worst_case_perturbation as worst_case_perturbation
 from monge_sam_jax.transforms import SharpnessAwareState as SharpnessAwareState
 from monge_sam_jax.transforms import adaptive_sam as adaptive_sam

@@ -16,6 +16,7 @@ metric                 G                                       method
 `adaptive(eta)`        diag(1 / (abs(theta) + eta)^2)          ASAM (Kwon et al. 2021)
 `diagonal_fisher(eta)`  diag(1 + eta g^2)                      Fisher SAM (Kim et al. 2022)
 `monge(base, alpha)`   M + alpha^2 g g^T, M the base's metric  Monge SAM (eq. 6)
+`pullback(phi)`        J^T J, J the Jacobian of phi            SAM in the coordinates phi(params)
 =====================  ======================================  =============================
 
 A metric is a pair of pure functions. One of your own takes the natural gradient v = G^{-1} g (or
@@ -44,9 +45,17 @@ from typing import NamedTuple, TypeAlias
 import chex
 import jax
 import jax.numpy as jnp
+from jax.scipy.sparse.linalg import cg
 
 from monge_sam_jax._checks import check_nonnegative
-from monge_sam_jax._numerics import lift_factors, scaled_norm, tree_scale, widen, working_dtype
+from monge_sam_jax._numerics import (
+    inner_product,
+    lift_factors,
+    scaled_norm,
+    tree_scale,
+    widen,
+    working_dtype,
+)
 
 Params: TypeAlias = chex.ArrayTree
 Grads: TypeAlias = chex.ArrayTree
@@ -261,3 +270,60 @@ def monge(base: Metric = euclidean(), alpha: chex.Numeric = 1.0) -> Metric:  # n
         return base_ascent._replace(dual_norm=n * u / r, length=base_ascent.length * r / u), state
 
     return Metric(base.init, ascent)
+
+
+def pullback(
+    reparameterization: Callable[[Params], Params], *, diagonal: bool = False, tol: float = 1e-6
+) -> Metric:
+    r"""The Euclidean metric of other coordinates, pulled back to the params.
+
+    .. math::
+        G = J^\top J, \quad J = \partial \phi / \partial \psi, \quad \theta = \phi(\psi)
+
+    For params psi of a loss :math:`\ell(\phi(\psi))`, so that :math:`J \delta^*_\psi` is SAM's
+    perturbation of theta, and with `monge(pullback(phi))` Monge SAM's: the step taken does not
+    depend on the coordinates, to first order. The Monge formula applied afresh in the coordinates
+    psi, :math:`I + \alpha^2 g g^\top`, does not have this property: only the metric
+    :math:`J^\top J + \alpha^2 g g^\top` does.
+
+    Args:
+      reparameterization: phi, from the params to a tree of real arrays; its Jacobian must have full
+        column rank.
+      diagonal: whether phi acts on each entry by itself, by a function with nonzero derivative:
+        then G is diagonal and costs one product with J. Otherwise G is inverted by conjugate
+        gradients on products with J and its transpose.
+      tol: relative residual at which conjugate gradients stop, in float32 not below 1e-6.
+
+    Returns:
+      The metric, without state. It needs all params, so it does not go with `mask`.
+
+    References:
+      Jacobsen and Arvanitidis, Monge SAM, section 3.1, where phi would be any chart.
+
+    >>> import jax.numpy as jnp
+    >>> from monge_sam_jax import worst_case_perturbation
+    >>> metric = pullback(lambda psi: 2 * psi, diagonal=True)
+    >>> psi_delta = worst_case_perturbation(metric, jnp.array([3.0, 4.0]), jnp.zeros(2), rho=0.5)
+    >>> 2 * psi_delta  # as SAM's in the coordinates theta = 2 psi
+    Array([0.3, 0.4], dtype=float32)
+    """
+
+    def ascent(grads: Grads, params: Params, state: State) -> tuple[Ascent, State]:
+        g = scaled_norm(grads)
+        dtype = g.unit_norm.dtype
+        params = jax.tree.map(lambda p: widen(p, dtype), params)
+        _, times_jacobian = jax.linearize(reparameterization, params)
+
+        if diagonal:
+            slopes = times_jacobian(jax.tree.map(jnp.ones_like, params))
+            h = scaled_norm(jax.tree.map(jnp.divide, g.unit, slopes))
+            dual_norm = h._replace(inverse_scale=g.inverse_scale * h.inverse_scale).norm
+            v = jax.tree.map(jnp.divide, h.unit, slopes)
+            return Ascent(v, dual_norm, length=h.unit_norm), state
+
+        transposed = jax.linear_transpose(times_jacobian, params)
+        v, _ = cg(lambda x: transposed(times_jacobian(x))[0], g.unit, tol=tol)
+        length = jnp.sqrt(jnp.maximum(inner_product(g.unit, v, dtype), jnp.finfo(dtype).tiny))
+        return Ascent(v, dual_norm=g._replace(unit_norm=length).norm, length=length), state
+
+    return Metric(_stateless, ascent)
