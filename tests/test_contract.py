@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint
 import pytest
 from flax import nnx, serialization
 from reference import (
@@ -503,6 +504,17 @@ def test_resume_is_bit_equal_and_donation_is_safe(case):
     for _ in range(5):
         resumed = update(*resumed)
     chex.assert_trees_all_equal((params, state), resumed)
+
+
+def test_orbax_restores_the_state_exactly(case, tmp_path):
+    params, state = descend(case, 3, optax.adam(1e-2), measure=True)
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", (params, state))
+        checkpointer.wait_until_finished()
+        fresh = jax.tree.map(jnp.zeros_like, (params, state))
+        restored = checkpointer.restore(tmp_path / "state", fresh)
+    chex.assert_trees_all_equal(restored, (params, state))
+    chex.assert_trees_all_equal_structs(restored, (params, state))
 
 
 def test_one_compilation_in_a_hundred_steps(case):

@@ -1,5 +1,6 @@
 """What a step costs, as far as it can be counted: instructions, state, compilation."""
 
+import itertools
 import re
 import time
 
@@ -19,7 +20,7 @@ def network(layers=10, width=32):
     sizes = [64, *[width] * layers, 10]
     params = [
         {"w": jnp.asarray(rng.normal(size=shape) / 8, jnp.float32), "b": jnp.zeros(shape[1])}
-        for shape in zip(sizes[:-1], sizes[1:], strict=True)
+        for shape in itertools.pairwise(sizes)
     ]
     batch = (jnp.ones((128, 64)), jnp.zeros(128, int))
 
