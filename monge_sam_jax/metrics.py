@@ -9,15 +9,15 @@ Every sharpness-aware method takes the worst step inside a small ball of a metri
 
 and the methods differ in G alone:
 
-=====================  ======================================  =============================
-metric                 G                                       method
-=====================  ======================================  =============================
-`euclidean()`          I                                       SAM (Foret et al. 2020)
-`adaptive(eta)`        diag(1 / (abs(theta) + eta)^2)          ASAM (Kwon et al. 2021)
-`diagonal_fisher(eta)`  diag(1 + eta g^2)                      Fisher SAM (Kim et al. 2022)
-`monge(base, alpha)`   M + alpha^2 g g^T, M the base's metric  Monge SAM (eq. 6)
-`pullback(phi)`        J^T J, J the Jacobian of phi            SAM in the coordinates phi(params)
-=====================  ======================================  =============================
+========================  ======================================  =============================
+metric                    G                                       method
+========================  ======================================  =============================
+`euclidean()`             I                                       SAM (Foret et al. 2020)
+`adaptive(eta)`           diag(1 / (abs(theta) + eta)^2)          ASAM (Kwon et al. 2021)
+`diagonal_fisher(eta)`    diag(1 + eta g^2)                       Fisher SAM (Kim et al. 2022)
+`monge(base, alpha)`      M + alpha^2 g g^T, M the base's metric  Monge SAM (eq. 6)
+`pullback(phi)`           J^T J, J the Jacobian of phi            SAM in the coordinates phi(psi)
+========================  ======================================  =============================
 
 A metric is a pair of pure functions. One of your own takes the natural gradient v = G^{-1} g (or
 any positive multiple of it), its length in the metric and the dual norm of g; here a metric given

@@ -131,6 +131,7 @@ def lowered_steps(leaves=300):
     ]
 
 
+@pytest.mark.slow
 def test_compilation_with_three_hundred_leaves():
     """Below three times that of a plain normalisation: no scalars are copied into the leaves.
 
