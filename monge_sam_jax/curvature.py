@@ -1,0 +1,278 @@
+r"""Curvature and sharpness of a loss around params: Hessian products, spectrum, trace, worst rise.
+
+All take a scalar function of the params alone, and any tree of real params. Cast bfloat16 and
+float16 ones to float32 first: second derivatives lose what those dtypes round away.
+"""
+
+import numbers
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from scipy.sparse.linalg import LinearOperator, eigsh  # type: ignore[import-untyped]
+
+from monge_sam_jax.metrics import Metric, Params
+from monge_sam_jax.perturbation import worst_case_perturbation
+
+LossFn: TypeAlias = Callable[[Params], jax.Array]
+
+
+def hvp(loss_fn: LossFn, params: Params, vector: Params) -> Params:
+    r"""The Hessian of a loss times a vector, forward over reverse; about the cost of two gradients.
+
+    .. math:: H v = \frac{d}{dt} \nabla \ell(\theta + t v) \Big|_{t = 0}
+
+    Args:
+      loss_fn: params -> loss, a scalar.
+      params: theta, a tree of real arrays.
+      vector: v, a tree of the structure, shapes and dtypes of the params.
+
+    Returns:
+      H v, a tree of the same form.
+
+    Raises:
+      TypeError: a param is no real float, or params and vector differ in form.
+
+    >>> import jax.numpy as jnp
+    >>> hvp(lambda p: p[0] ** 2 * p[1], jnp.array([3.0, 2.0]), jnp.array([1.0, 0.0]))
+    Array([4., 6.], dtype=float32)
+    """
+    check_real(params)
+    return jax.jvp(jax.grad(loss_fn), (params,), (vector,))[1]
+
+
+def hessian(loss_fn: LossFn, params: Params) -> jax.Array:
+    r"""The Hessian as a matrix over the flattened params, for small problems.
+
+    .. math:: H_{ij} = \partial^2 \ell / \partial \theta_i \, \partial \theta_j
+
+    Args:
+      loss_fn: params -> loss, a scalar.
+      params: theta, a tree of real arrays with n entries in all.
+
+    Returns:
+      H, of shape (n, n), in the order of `jax.flatten_util.ravel_pytree`.
+
+    Raises:
+      TypeError: a param is no real float.
+
+    >>> import jax.numpy as jnp
+    >>> hessian(lambda p: p[0] ** 2 * p[1], jnp.array([3.0, 2.0]))
+    Array([[4., 6.],
+           [6., 0.]], dtype=float32)
+    """
+    check_real(params)
+    theta, unravel = ravel_pytree(params)
+    return jax.hessian(lambda x: loss_fn(unravel(x)))(theta)
+
+
+# Sort keys, for the words of ARPACK.
+_ORDERS: Any = {"LA": np.negative, "SA": np.positive, "LM": lambda x: -np.abs(x)}
+
+
+def top_eigenvalues(
+    loss_fn: LossFn,
+    params: Params,
+    k: int = 1,
+    which: str = "LA",
+    *,
+    tol: float = 1e-2,
+    seed: int = 0,
+    return_eigenvectors: bool = False,
+) -> Any:
+    r"""Eigenvalues at an end of the Hessian's spectrum, without forming the Hessian.
+
+    .. math:: H q_i = \lambda_i q_i, \qquad \lambda_1 \ge \lambda_2 \ge \dots
+
+    By ARPACK's restarted Lanczos iteration on the host, over products that are compiled once per
+    call. The largest eigenvalue of a network takes 20 to 40 products, whatever its size; the
+    smallest, once training has brought it close to the many near zero, may take hundreds.
+
+    Args:
+      loss_fn: params -> loss, a scalar.
+      params: theta, a tree of real arrays with n entries in all.
+      k: how many eigenvalues; all n of them if k >= n.
+      which: "LA" for the largest, "SA" for the smallest, "LM" for those of largest magnitude.
+      tol: an eigenvalue is found once :math:`\|H q - \lambda q\|_2 / |\lambda|` is below it, which
+        bounds the relative error but is mostly far above it. Zero: the precision of the dtype.
+      seed: of the random start vector.
+      return_eigenvectors: whether to return (eigenvalues, eigenvectors).
+
+    Returns:
+      The k eigenvalues, descending, in the dtype of the params; eigenvectors of unit norm, as a
+      tree of the form of the params, stacked along a new first axis.
+
+    Raises:
+      TypeError: a param is no real float, or this is inside `jax.jit` or another transformation.
+      ValueError: k or which is none of those above, or the Hessian is not finite.
+      scipy.sparse.linalg.ArpackNoConvergence: tol was not reached within 1000 restarts.
+
+    References:
+      Lehoucq, Sorensen and Yang, ARPACK Users' Guide, 1998.
+
+    >>> import jax.numpy as jnp
+    >>> loss_fn = lambda p: 0.5 * jnp.sum(jnp.arange(100.0) * p**2)
+    >>> jnp.round(top_eigenvalues(loss_fn, jnp.zeros(100), k=2, tol=1e-4))
+    Array([99., 98.], dtype=float32)
+    """
+    if which not in _ORDERS:
+        raise ValueError(f"which must be one of {', '.join(_ORDERS)}, got {which!r}")
+    check_real(params)
+    theta, unravel = ravel_pytree(params)
+    check_arpack(theta, k)
+    if theta.size <= krylov_dimension(k):
+        values, vectors = np.linalg.eigh(np.asarray_chkfinite(hessian(loss_fn, params)))
+        chosen = np.argsort(_ORDERS[which](values))[:k]
+        values, vectors = values[chosen], vectors[:, chosen]
+    else:
+        product = jax.jit(lambda p, v: ravel_pytree(hvp(loss_fn, p, unravel(v)))[0])
+        values, vectors = arpack(
+            eigsh, partial(product, params), theta, k, seed, which=which, tol=tol
+        )
+    order = np.argsort(-values)
+    eigenvalues = jnp.asarray(values[order])
+    if not return_eigenvectors:
+        return eigenvalues
+    return eigenvalues, jax.vmap(unravel)(jnp.asarray(vectors.T[order]))
+
+
+def hessian_trace(
+    loss_fn: LossFn,
+    params: Params,
+    key: chex.PRNGKey,
+    num_samples: int = 100,
+    *,
+    batch_size: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    r"""Hutchinson's estimate of the Hessian's trace, and its standard error.
+
+    .. math::
+        \operatorname{tr} H \approx \frac{1}{N} \sum_{s=1}^N v_s^\top H v_s, \quad
+        v_s \in \{-1, 1\}^n, \qquad \text{variance } \frac{2}{N} \sum_{i \ne j} H_{ij}^2
+
+    Args:
+      loss_fn: params -> loss, a scalar.
+      params: theta, a tree of real arrays.
+      key: of the random signs.
+      num_samples: N, at least two; each costs a Hessian product.
+      batch_size: how many of them are computed at once, which bounds the memory; None: all.
+
+    Returns:
+      (estimate, standard error), scalars; the standard error is that of the samples.
+
+    Raises:
+      TypeError: a param is no real float.
+      ValueError: num_samples is less than two.
+
+    References:
+      Hutchinson, A stochastic estimator of the trace of the influence matrix, 1989.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> hessian_trace(lambda p: p[0] ** 2 + 3 * p[1] ** 2, jnp.ones(2), jax.random.key(0))
+    (Array(8., dtype=float32), Array(0., dtype=float32))
+    """
+    check_real(params)
+    check_at_least("num_samples", num_samples, 2)
+    params = jax.tree.map(jnp.asarray, params)
+
+    def sample(key: chex.PRNGKey) -> jax.Array:
+        v = optax.tree.random_like(key, params, sampler=jax.random.rademacher)
+        return optax.tree.vdot(v, hvp(loss_fn, params, v))
+
+    keys = jax.random.split(key, num_samples)
+    samples = jax.lax.map(sample, keys, batch_size=batch_size or num_samples)
+    return jnp.mean(samples), jnp.std(samples, ddof=1) / num_samples**0.5
+
+
+def sharpness(
+    loss_fn: LossFn, params: Params, *, metric: Metric, rho: chex.Numeric, steps: int = 1
+) -> jax.Array:
+    r"""How much the loss rises at the worst-case perturbation of the params.
+
+    .. math::
+        \max_{1 \le k \le K} \ell(\theta + \delta_k) - \ell(\theta), \qquad
+        \delta_k = \arg\max_{\delta^\top G \delta \le \rho^2}
+                   \nabla \ell(\theta + \delta_{k-1})^\top \delta, \quad \delta_0 = 0
+
+    One step is the sharpness of eq. 2 at the perturbation that the optimizer takes. Each further
+    one linearises the loss at the point reached, and goes to the point of the ball around theta
+    that is worst for that: conditional gradient ascent with full steps, along which a convex loss
+    never falls. G is that of theta, but where it depends on the gradient (`monge`,
+    `diagonal_fisher`) it is given the one at :math:`\theta + \delta_{k-1}`, and the ball changes
+    with k.
+
+    Args:
+      loss_fn: params -> loss, a scalar.
+      params: theta, a tree of real arrays.
+      metric: the metric G.
+      rho: radius of the ball in the metric's units, a scalar. A traced value is not checked.
+      steps: K, at least one; each costs a gradient and a loss, and they are unrolled.
+
+    Returns:
+      The rise, a scalar; zero where the gradient is, and negative if every step overshoots.
+
+    Raises:
+      TypeError: a param is no real float, or rho no real number.
+      ValueError: steps is less than one, or rho is negative, NaN or infinite.
+
+    References:
+      Jacobsen and Arvanitidis, Monge SAM, eq. 2.
+
+    >>> import jax.numpy as jnp
+    >>> from monge_sam_jax import euclidean
+    >>> sharpness(lambda p: p @ p, jnp.array([3.0, 4.0]), metric=euclidean(), rho=1.0)  # 6^2 - 5^2
+    Array(11., dtype=float32)
+    """
+    check_real(params)
+    check_at_least("steps", steps, 1)
+    value, perturbed, rises = loss_fn(params), params, []
+    for _ in range(steps):
+        delta = worst_case_perturbation(metric, jax.grad(loss_fn)(perturbed), params, rho)
+        perturbed = optax.tree.add(params, delta)
+        rises.append(loss_fn(perturbed) - value)
+    return jnp.max(jnp.stack(rises))
+
+
+def check_real(params: Params) -> None:
+    """Raises TypeError unless all params are real floats."""
+    for leaf in jax.tree.leaves(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(f"params must be real floats, got dtype {jnp.result_type(leaf)}")
+
+
+def check_at_least(name: str, value: Any, least: int) -> None:
+    """Raises ValueError unless `value` is an integer, `least` or more."""
+    if not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} must be an integer, {least} or more, got {value!r}")
+
+
+def check_arpack(theta: jax.Array, k: int) -> None:
+    """Raises unless k is a number of eigenvalues and theta a concrete array."""
+    check_at_least("k", k, 1)
+    if isinstance(theta, jax.core.Tracer):
+        raise TypeError("ARPACK runs on the host: call this outside of jax.jit, jax.vmap and so on")
+
+
+def krylov_dimension(k: int) -> int:
+    """How many vectors ARPACK keeps, and so about how many products it takes at least."""
+    return max(20, 2 * k + 1)
+
+
+def arpack(
+    solver: Callable[..., Any], product: Any, theta: jax.Array, k: int, seed: int, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues, and eigenvectors as columns, of a product with vectors like theta."""
+    n = theta.size
+    matvec = lambda v: np.asarray_chkfinite(product(v))  # noqa: E731
+    start = np.random.default_rng(seed).standard_normal(n).astype(theta.dtype)
+    if not matvec(start).any():  # the matrix is zero, which ARPACK refuses
+        return np.zeros(k, theta.dtype), np.eye(n, k, dtype=theta.dtype)
+    operator = LinearOperator((n, n), matvec=matvec, dtype=theta.dtype)
+    return solver(operator, k, v0=start, ncv=krylov_dimension(k), maxiter=1000, **options)
