@@ -6,10 +6,12 @@ from typing import Any
 
 from monge_sam_jax.experiments import InputError
 from monge_sam_jax.experiments.digits import Train
+from monge_sam_jax.experiments.figures import Figures
 
-# Dataclasses of options, each with a method `run`.
+# Classes of options, each with a method `run`.
 COMMANDS: dict[str, Callable[..., Any]] = {
     "train": Train,
+    "figures": Figures,
 }
 
 
