@@ -1,0 +1,37 @@
+"""Every notebook runs, in under a minute, and is what the script beside it says."""
+
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+SCRIPTS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.py"))
+
+
+def cells(notebook):
+    return [(cell.cell_type, cell.source) for cell in notebook.cells]
+
+
+def test_there_are_notebooks():
+    assert [script.name[:2] for script in SCRIPTS] == ["00", "01", "02", "03", "04"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_pairs_agree(script):
+    notebook = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
+    assert cells(notebook) == cells(jupytext.read(script))
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning:zmq")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_notebook_runs(script):
+    notebook = jupytext.read(script)
+    start = time.monotonic()
+    NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    assert time.monotonic() - start < 60
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    assert any("image/png" in out.get("data", {}) for out in outputs)
