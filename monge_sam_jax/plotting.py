@@ -13,6 +13,12 @@ WIDTH = 7.0  # of the text on a page, in inches
 FONT_SIZE = 9
 DOTS_PER_INCH = 200
 
+LABELS = {
+    "sam": "SAM",
+    "monge_sam": "M-SAM",
+    "fisher_sam": "Fisher SAM",
+    "adaptive_sam": "ASAM",
+}
 # The palette of Okabe and Ito, whose colours remain distinct to the colour-blind.
 COLOURS = {
     "sgd": "#000000",

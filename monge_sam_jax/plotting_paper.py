@@ -12,14 +12,9 @@ from matplotlib.patches import Circle, Ellipse, Rectangle
 from scipy.ndimage import gaussian_filter  # type: ignore[import-untyped]
 
 from monge_sam_jax.plotting import COLOURS, DOTS_PER_INCH, FONT_SIZE, WIDTH
+from monge_sam_jax.plotting import LABELS as METHOD_LABELS
 
-LABELS = {
-    "sgd": "GD",
-    "sam": "SAM",
-    "monge_sam": "M-SAM",
-    "fisher_sam": "Fisher SAM",
-    "adaptive_sam": "ASAM",
-}
+LABELS = {"sgd": "GD", **METHOD_LABELS}
 SMALL = FONT_SIZE - 1.5
 GREY = "#888888"
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -21,7 +20,7 @@ from monge_sam_jax.experiments.training import (
     radius,
     train,
 )
-from monge_sam_jax.plotting import training_figure
+from monge_sam_jax.plotting import LABELS, training_figure
 
 MODELS = {"mlp": models.MLP, "cnn": models.CNN}
 
@@ -39,7 +38,7 @@ def run(options: Train) -> None:
       InputError: the data or the output folder cannot be used.
     """
     dataset = load(options)
-    prepare_output(options)
+    report.prepare_output(options.output)
     results = compare(options, dataset)
     text = json.dumps(results, indent=1, allow_nan=False)
     (options.output / "results.json").write_text(text + "\n", encoding="utf-8")
@@ -65,16 +64,6 @@ def load(options: Train) -> data.Dataset:
     return dataset
 
 
-def prepare_output(options: Train) -> None:
-    """Makes the folder before the training, which an error after it would waste."""
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {options.output}: {error.strerror}") from error
-    if not os.access(options.output, os.W_OK):
-        raise InputError(f"--output {options.output}: no permission to write")
-
-
 def compare(options: Train, dataset: data.Dataset) -> dict[str, Any]:
     """Trains with every optimizer from every seed.
 
@@ -87,7 +76,7 @@ def compare(options: Train, dataset: data.Dataset) -> dict[str, Any]:
     """
     task = Task(dataset, MODELS[options.model](dataset.classes))
     records = _train_all(options, task)
-    labels = report.LABELS | {"sgd": report.BASE_LABELS[options.base]}
+    labels = LABELS | {"sgd": report.BASE_LABELS[options.base]}
     results = {
         "configuration": dataclasses.asdict(options)
         | {"learning_rate": options.base_learning_rate},

@@ -1,7 +1,6 @@
 """`monge-sam figures`: the figures of the paper, and the numbers behind them."""
 
 import json
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -10,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from monge_sam_jax.experiments import InputError, report
+from monge_sam_jax.experiments import report
 from monge_sam_jax.experiments.figures import Figures
 from monge_sam_jax.experiments.paper_analysis import figure_3, figure_4
 from monge_sam_jax.experiments.paper_trajectories import Result, Row, figure_1, figure_2, figure_5
@@ -27,12 +26,7 @@ def run(options: Figures) -> None:
     Raises:
       InputError: the output folder cannot be used.
     """
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {options.output}: {error.strerror}") from error
-    if not os.access(options.output, os.W_OK):
-        raise InputError(f"--output {options.output}: no permission to write")
+    report.prepare_output(options.output)
     console = Console()
     figures = {}
     for number in options.numbers:

@@ -1,6 +1,7 @@
 """What a comparison of optimizers comes to: a dictionary that is valid JSON, and a table."""
 
 import math
+import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,14 +16,9 @@ from rich import box
 from rich.table import Table
 
 import monge_sam_jax
+from monge_sam_jax.experiments import InputError
 from monge_sam_jax.experiments.training import Run
 
-LABELS = {
-    "sam": "SAM",
-    "monge_sam": "M-SAM",
-    "adaptive_sam": "ASAM",
-    "fisher_sam": "Fisher SAM",
-}
 BASE_LABELS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 
 # The table's quantities: the header, and what a value is multiplied by for display.
@@ -34,6 +30,20 @@ COLUMNS: dict[str, tuple[str, float]] = {
     "seconds_per_step": ("time per step (ms)", 1000),
     "ratio_to_sgd": ("time / {base}'s", 1),
 }
+
+
+def prepare_output(folder: Path) -> None:
+    """Makes the folder before the work, which an error after it would waste.
+
+    Raises:
+      InputError: the folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--output {folder}: no permission to write")
 
 
 def final_metrics(
