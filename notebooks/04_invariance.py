@@ -62,7 +62,8 @@ for title, phi in MAPS.items():
 # tangent step: phi(psi + delta) differs from theta + delta by a term of order rho^2.
 #
 # Descent is another matter. The gradient step itself, psi - a grad(psi), depends on the
-# coordinates, so whole trajectories differ whatever the perturbation:
+# coordinates, so whole trajectories differ whatever the perturbation. (Along (J^T J)^-1 grad(psi)
+# they agree: exactly for linear maps, otherwise to first order.)
 
 # %%
 plt.figure(figsize=(4, 4))

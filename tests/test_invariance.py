@@ -111,3 +111,43 @@ def test_pullback_on_trees_and_at_zero_gradient():
     J = np.asarray(jax.jacobian(lambda x: ravel_pytree(phi(unravel(x)))[0])(theta), float)
     g = 1e20 * np.asarray(ravel_pytree(grads)[0], float)
     np.testing.assert_allclose(delta, dense_perturbation(J.T @ J, g, RHO), rtol=1e-4)
+
+
+def path_in_theta(metric, phi, psi, rho, steps=40, learning_rate=0.02):
+    """Where a run in psi goes, seen in theta; descent is along (J^T J)^-1 g, itself invariant."""
+    through = lambda psi: loss(phi(psi))  # noqa: E731
+
+    @jax.jit
+    def step(psi):
+        g = jax.grad(through)(psi)
+        second = jax.grad(through)(psi + ms.worst_case_perturbation(metric, g, psi, rho))
+        J = jax.jacobian(phi)(psi)
+        return psi - learning_rate * jnp.linalg.solve(J.T @ J, second)
+
+    points = [phi(psi)]
+    for _ in range(steps):
+        psi = step(psi)
+        points.append(phi(psi))
+    return np.stack(points)
+
+
+@pytest.mark.parametrize("name", ["scaling", "cubic"])
+def test_trajectories_under_a_rescaling_and_a_nonlinear_map(psi, name):
+    """Of SAM, ASAM and M-SAM: which of them does not see the coordinates, along a whole run."""
+    phi, _ = MAPS[name]
+    theta = phi(psi)
+    gaps = {}
+    for method, in_theta, in_psi in [
+        ("SAM", ms.euclidean(), ms.euclidean()),
+        ("ASAM", ms.adaptive(0.0), ms.adaptive(0.0)),
+        ("M-SAM reapplied", ms.monge(), ms.monge()),
+        ("M-SAM pulled back", ms.monge(), ms.monge(ms.pullback(phi, diagonal=True))),
+    ]:
+        expected = path_in_theta(in_theta, lambda theta: theta, theta, RHO)
+        gaps[method] = np.abs(path_in_theta(in_psi, phi, psi, RHO) - expected).max()
+    if name == "scaling":  # a linear map: exact
+        assert max(gaps["ASAM"], gaps["M-SAM pulled back"]) < 1e-10
+        assert min(gaps["SAM"], gaps["M-SAM reapplied"]) > 1e-3
+    else:  # to first order in rho and the learning rate
+        others = [gap for method, gap in gaps.items() if method != "M-SAM pulled back"]
+        assert gaps["M-SAM pulled back"] < 0.5 * min(others)
