@@ -221,7 +221,7 @@ def test_the_options_name_the_methods_and_the_models():
 
 
 def abstract_start(preset, model):
-    made = bench_report.MODELS[model](preset)
+    made = bench_report.MODELS[model](preset, None)
     return made, Start(*jax.eval_shape(made.init, jax.random.key(0)))
 
 
@@ -395,7 +395,7 @@ def all_methods(folder):
 @pytest.fixture(scope="module")
 def other_models(tmp_path_factory):
     models, methods = ("--models", "transformer", "mlp"), ("--methods", "plain")
-    counts = ("--rounds", "2", "--compilations", "1")
+    counts = ("--rounds", "2", "--compilations", "1", "--batch-size", "12")
     return bench(tmp_path_factory.mktemp("others"), *models, *methods, *counts)
 
 
@@ -490,6 +490,7 @@ def test_models_come_in_the_order_given_and_references_beside_what_is_asked_for(
     results, printed = other_models
     assert list(results["models"]) == ["transformer", "mlp"]
     assert printed.index("Transformer") < printed.index("MLP")
+    assert printed.count("batch 12 x ") == 2
     for entry in results["models"].values():
         assert list(entry["methods"]) == ["plain", "two_gradients"]
     state = [entry["methods"]["plain"]["state"] for entry in results["models"].values()]
@@ -543,6 +544,10 @@ def test_the_chart_names_the_methods_and_their_kinds(all_methods):
         (("--methods", "sam", "sam"), "--methods has a name twice: sam sam"),
         (("--rounds", "0"), "--rounds must be at least 1, got 0"),
         (("--compilations", "-1"), "--compilations must be at least 1, got -1"),
+        (
+            ("--batch-size", "6"),
+            "--batch-size must be a positive multiple of 4, the number of micro-batches, got 6",
+        ),
         (("--seed", "-1"), "--seed must be from 0 to 2147483647, got -1"),
         (("--seed", "2147483648"), "--seed must be from 0 to 2147483647, got 2147483648"),
         (("--preset", "gpu"), "--preset gpu needs an accelerator, and JAX has found none"),

@@ -114,13 +114,14 @@ class Problem(NamedTuple):
     has_convolutions: bool = False
 
 
-def mlp(preset: str) -> Problem:
+def mlp(preset: str, batch_size: int | None = None) -> Problem:
     """Vectors in classes, by a multilayer perceptron and SGD with momentum."""
-    features, width, layers, batch_size, dtype = {
+    features, width, layers, usual, dtype = {
         "tiny": (16, 16, 1, 8, jnp.float32),
-        "small": (784, 512, 3, 256, jnp.float32),
+        "small": (784, 512, 3, 1024, jnp.float32),
         "gpu": (3072, 4096, 4, 4096, jnp.bfloat16),
     }[preset]
+    batch_size = batch_size or usual
     model = MLP(width, layers, classes=10, dtype=dtype)
 
     def batch(key: jax.Array) -> Batch:
@@ -131,13 +132,14 @@ def mlp(preset: str) -> Problem:
     return _problem(description, model, batch, optax.sgd(0.05, momentum=0.9))
 
 
-def resnet(preset: str) -> Problem:
+def resnet(preset: str, batch_size: int | None = None) -> Problem:
     """Images in classes, by a residual network with BatchNorm and SGD with momentum."""
-    size, channels, stages, blocks, batch_size, dtype = {
+    size, channels, stages, blocks, usual, dtype = {
         "tiny": (10, 4, 2, 1, 4, jnp.float32),
         "small": (32, 16, 3, 1, 32, jnp.float32),
         "gpu": (32, 64, 3, 3, 1024, jnp.bfloat16),
     }[preset]
+    batch_size = batch_size or usual
     model = ResNet(channels, stages, blocks, classes=10, dtype=dtype)
 
     def batch(key: jax.Array) -> Batch:
@@ -152,13 +154,14 @@ def resnet(preset: str) -> Problem:
     return _problem(description, model, batch, tx, has_convolutions=True)
 
 
-def transformer(preset: str) -> Problem:
+def transformer(preset: str, batch_size: int | None = None) -> Problem:
     """The next token, by a transformer and AdamW."""
-    width, layers, heads, vocabulary, length, batch_size, dtype = {
+    width, layers, heads, vocabulary, length, usual, dtype = {
         "tiny": (16, 1, 2, 16, 8, 4, jnp.float32),
         "small": (128, 2, 4, 256, 64, 16, jnp.float32),
         "gpu": (768, 12, 12, 32768, 1024, 16, jnp.bfloat16),
     }[preset]
+    batch_size = batch_size or usual
     model = Transformer(width, layers, heads, vocabulary, dtype=dtype)
 
     def batch(key: jax.Array) -> Batch:

@@ -35,7 +35,7 @@ from monge_sam_jax.experiments.bench_steps import METHODS
 from monge_sam_jax.experiments.benchmark import REFERENCES, Bench
 from monge_sam_jax.plotting_bench import benchmark_figure
 
-MODELS: dict[str, Callable[[str], Problem]] = {
+MODELS: dict[str, Callable[[str, int | None], Problem]] = {
     "mlp": bench_models.mlp,
     "resnet": bench_models.resnet,
     "transformer": bench_models.transformer,
@@ -108,7 +108,7 @@ def run_model(model: str, names: list[str], options: Bench, clock_name: str) -> 
     Returns:
       The model's part of results.json.
     """
-    problem, clock = MODELS[model](options.preset), CLOCKS[clock_name]
+    problem, clock = MODELS[model](options.preset, options.batch_size), CLOCKS[clock_name]
     turns = np.random.default_rng(options.seed)
     begin = start(problem, options.seed)
     programs: dict[str, Program] = {}

@@ -23,13 +23,13 @@ from monge_sam_jax import (
     sharpness_aware_value_and_grad,
 )
 from monge_sam_jax.experiments.bench_models import HEAD, Problem, Stats
+from monge_sam_jax.experiments.benchmark import MICROBATCHES
 from monge_sam_jax.experiments.data import Batch
 from monge_sam_jax.one_pass import Direction
 from monge_sam_jax.parallel import How
 
 RHO = 0.05
 PERIOD = 5
-MICROBATCHES = 4
 ASCENT_FRACTION = 0.25
 
 Params: TypeAlias = chex.ArrayTree

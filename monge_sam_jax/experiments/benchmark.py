@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 from monge_sam_jax.experiments import InputError
 
 LARGEST_SEED = 2**31 - 1
+MICROBATCHES = 4
 REFERENCES = ("plain", "two_gradients")
 
 Model: TypeAlias = Literal["mlp", "resnet", "transformer"]
@@ -54,6 +55,8 @@ class Bench:
       preset: Size of models and batches. tiny takes a minute, nearly all of it to compile, and its
         ratios mean little; small takes some minutes on two processor cores; gpu is for one large
         accelerator and computes in bfloat16.
+      batch_size: Samples in a batch, in place of the preset's. What a method adds to the plain step
+        beside gradients does not depend on it.
       rounds: Measurements of each method.
       compilations: How often each method is compiled.
       clock: What time is. cpu is processor time of the process, over all its threads: the work
@@ -67,6 +70,7 @@ class Bench:
     models: tuple[Model, ...] = ("mlp", "resnet", "transformer")
     methods: tuple[Method, ...] = Method.__args__  # type: ignore[attr-defined]
     preset: Literal["tiny", "small", "gpu"] = "small"
+    batch_size: int | None = None
     rounds: int = 9
     compilations: int = 2
     clock: Literal["auto", "cpu", "wall"] = "auto"
@@ -84,6 +88,11 @@ class Bench:
         for name in ("rounds", "compilations"):
             if (count := getattr(self, name)) < 1:
                 raise InputError(f"--{name} must be at least 1, got {count}")
+        if self.batch_size is not None and (self.batch_size < 1 or self.batch_size % MICROBATCHES):
+            raise InputError(
+                f"--batch-size must be a positive multiple of {MICROBATCHES}, the number of "
+                f"micro-batches, got {self.batch_size}"
+            )
         if not 0 <= self.seed <= LARGEST_SEED:
             raise InputError(f"--seed must be from 0 to {LARGEST_SEED}, got {self.seed}")
 
