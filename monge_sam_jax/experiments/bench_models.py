@@ -11,6 +11,7 @@ import optax
 from flax import linen as nn
 
 from monge_sam_jax.experiments.data import Batch
+from monge_sam_jax.experiments.resnet import ResNet
 
 # Batch statistics and the like: all collections of a Flax model except its params.
 Stats: TypeAlias = chex.ArrayTree
@@ -32,41 +33,6 @@ class MLP(nn.Module):
         for _ in range(self.layers):
             x = nn.relu(nn.Dense(self.width, dtype=self.dtype)(x))
         return nn.Dense(self.classes, dtype=self.dtype, name=HEAD)(x)
-
-
-class ResNet(nn.Module):
-    """A residual network for small images, with BatchNorm (He et al. 2015).
-
-    Attributes:
-      channels: of the first stage; every further one has twice as many, and half the resolution.
-      stages: number of stages.
-      blocks: of two 3 x 3 convolutions, in every stage.
-      classes: number of logits.
-      dtype: of the computation.
-    """
-
-    channels: int
-    stages: int
-    blocks: int
-    classes: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits (n, classes) of the images (n, height, width, channels)."""
-        conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
-        norm = functools.partial(nn.BatchNorm, use_running_average=False, dtype=self.dtype)
-        x = nn.relu(norm()(conv(self.channels, (3, 3))(x)))
-        for stage in range(self.stages):
-            channels = self.channels * 2**stage
-            for block in range(self.blocks):
-                strides = 2 if stage > 0 and block == 0 else 1
-                y = nn.relu(norm()(conv(channels, (3, 3), strides)(x)))
-                y = norm()(conv(channels, (3, 3))(y))
-                if x.shape != y.shape:
-                    x = norm()(conv(channels, (1, 1), strides)(x))
-                x = nn.relu(x + y)
-        return nn.Dense(self.classes, dtype=self.dtype, name=HEAD)(x.mean(axis=(1, 2)))
 
 
 class Transformer(nn.Module):
@@ -140,7 +106,7 @@ def resnet(preset: str, batch_size: int | None = None) -> Problem:
         "gpu": (32, 64, 3, 3, 1024, jnp.bfloat16),
     }[preset]
     batch_size = batch_size or usual
-    model = ResNet(channels, stages, blocks, classes=10, dtype=dtype)
+    model = ResNet(10, channels, (blocks,) * stages, dtype)
 
     def batch(key: jax.Array) -> Batch:
         x = jax.random.normal(key, (batch_size, size, size, 3))

@@ -9,6 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from monge_sam_jax.experiments.confusion import (
+    confusion_set,
+    reach_bad_minimum,
+    shuffled_rows,
+)
 from monge_sam_jax.experiments.data import Batch, handwritten_digits
 from monge_sam_jax.experiments.models import MLP
 
@@ -18,10 +23,10 @@ MOMENTUM = 0.9
 
 TRAINING_IMAGES = 500
 COPIES = 20  # R in Liu et al.
-ZEROED = 0.1  # of the entries of a copy
 CONFUSION_RATE = 0.05
 FITTING_RATE = 0.01
 MOST_FITTING_EPOCHS = 400
+EPOCHS_PER_FIT = 20
 NOISE = 0.3
 
 
@@ -62,8 +67,8 @@ def _logits(params: chex.ArrayTree, x: jax.Array) -> jax.Array:
 
 def batch_rows(samples: int, epochs: int, rng: np.random.Generator) -> jax.Array:
     """Indices (steps, `BATCH_SIZE`) of the batches of whole epochs, each in an order of its own."""
-    orders = [rng.permutation(samples)[: samples // BATCH_SIZE * BATCH_SIZE] for _ in range(epochs)]
-    return jnp.asarray(np.concatenate(orders).reshape(-1, BATCH_SIZE), jnp.int32)
+    rows = [shuffled_rows(samples, BATCH_SIZE, rng) for _ in range(epochs)]
+    return jnp.asarray(np.concatenate(rows), jnp.int32)
 
 
 def bad_minimum(seed: int, width: int, confusion_epochs: int) -> Problem:
@@ -75,24 +80,27 @@ def bad_minimum(seed: int, width: int, confusion_epochs: int) -> Problem:
     rng = np.random.default_rng((seed, 1))
     train, test = _shuffled_digits(rng, TRAINING_IMAGES)
     params = _fresh(seed, width, train)
-    images = np.repeat(np.asarray(train.x), COPIES, axis=0)
-    spoilt = Batch(
-        jnp.asarray(images * (rng.random(images.shape) >= ZEROED), jnp.float32),
-        jnp.asarray(rng.integers(CLASSES, size=len(images)), jnp.int32),
+    spoilt = confusion_set(train, CLASSES, COPIES, rng)
+
+    def memorise(params: chex.ArrayTree, samples: Batch) -> chex.ArrayTree:
+        rows = batch_rows(len(samples.y), confusion_epochs, rng)
+        return _descend(params, samples, rows, CONFUSION_RATE)
+
+    def fit(params: chex.ArrayTree, samples: Batch) -> chex.ArrayTree:
+        rows = batch_rows(len(samples.y), EPOCHS_PER_FIT, rng)
+        return _descend(params, samples, rows, FITTING_RATE)
+
+    params, notes = reach_bad_minimum(
+        params,
+        train,
+        spoilt,
+        memorise=memorise,
+        fit=fit,
+        accuracy=accuracy,
+        most_fits=MOST_FITTING_EPOCHS // EPOCHS_PER_FIT,
     )
-    params = _descend(
-        params, spoilt, batch_rows(len(images), confusion_epochs, rng), CONFUSION_RATE
-    )
-    notes = {"confusion_accuracy": float(accuracy(params, spoilt))}
-    epochs = 0
-    while accuracy(params, train) < 100 and epochs < MOST_FITTING_EPOCHS:
-        params = _descend(params, train, batch_rows(len(train.y), 20, rng), FITTING_RATE)
-        epochs += 20
-    notes |= {
-        "fitting_epochs": epochs,
-        "train_accuracy": float(accuracy(params, train)),
-        "test_accuracy": float(accuracy(params, test)),
-    }
+    notes["fitting_epochs"] = EPOCHS_PER_FIT * notes.pop("fits")
+    notes["test_accuracy"] = float(accuracy(params, test))
     return Problem(params, train, test, FITTING_RATE, notes)
 
 

@@ -1,0 +1,49 @@
+"""Results kept in files, so that they are computed once."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+# Dictionaries of dictionaries, with arrays at the ends.
+Tree: TypeAlias = dict[str, Any]
+
+
+def fingerprint(decisive: Mapping[str, Any]) -> str:
+    """A short name for what decides a result, equal for equal mappings of JSON values.
+
+    >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1})
+    True
+    """
+    text = json.dumps(decisive, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def kept(path: Path, make: Callable[[], Tree]) -> Tree:
+    """The tree in an .npz file, which is made and written if there is none yet.
+
+    A file is complete or not there: it is written under another name and renamed.
+
+    Args:
+      path: of the file, whose name should hold the fingerprint of what decides the tree.
+      make: computes the tree.
+
+    Returns:
+      The tree, of NumPy arrays with all their bits.
+    """
+    if path.exists():
+        with np.load(path, allow_pickle=False) as arrays:
+            return unflatten_dict(dict(arrays), sep="/")
+    tree = jax.tree.map(np.asarray, make())
+    unfinished = path.with_suffix(".unfinished")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished.open("wb") as file:
+        np.savez(file, **flatten_dict(tree, sep="/"))
+    os.replace(unfinished, path)
+    return tree
