@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from monge_sam_jax.experiments import InputError, LostProcessError
+from monge_sam_jax.experiments.bad_minimum import BadMinimum
 from monge_sam_jax.experiments.benchmark import Bench
+from monge_sam_jax.experiments.clip_alignment import Clip
 from monge_sam_jax.experiments.digits import Train
 from monge_sam_jax.experiments.figures import Figures
 from monge_sam_jax.experiments.quality import Quality
@@ -16,6 +18,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "figures": Figures,
     "bench": Bench,
     "quality": Quality,
+    "bad-minimum": BadMinimum,
+    "clip": Clip,
 }
 
 
