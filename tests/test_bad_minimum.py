@@ -18,7 +18,7 @@ from monge_sam_jax.experiments import bad_minimum_training as training
 from monge_sam_jax.experiments.bad_minimum import PRESETS, BadMinimum
 from monge_sam_jax.experiments.bad_minimum_data import Source
 from monge_sam_jax.experiments.bad_minimum_report import COLUMNS, final
-from monge_sam_jax.experiments.data import Batch
+from monge_sam_jax.experiments.data import Batch, shuffled_rows
 
 RHO = (0.1, 2.0)
 OPTIONS = ["--preset", "smoke", "--seeds", "2", "--epochs", "6", "--evaluations", "3"]
@@ -161,7 +161,7 @@ def test_confusion_set_is_decided_by_the_seed(monkeypatch):
 @pytest.mark.parametrize("method", training.METRICS)
 @pytest.mark.parametrize("rho", RHO)
 def test_logged_perturbation_is_the_formula(results, splits, start, method, rho):
-    rows = confusion.shuffled_rows(100, 50, np.random.default_rng((0, 3)))
+    rows = shuffled_rows(100, 50, np.random.default_rng((0, 3)))
     expected = []
     for row in rows:
         batch, params = Batch(splits.train.x[row], splits.train.y[row]), start["params"]
@@ -178,7 +178,7 @@ def test_logged_perturbation_is_the_formula(results, splits, start, method, rho)
 
 @pytest.mark.parametrize("method", training.METRICS)
 def test_steps_are_those_of_a_loop(trainer, splits, start, method):
-    rows = confusion.shuffled_rows(100, 50, np.random.default_rng(5))
+    rows = shuffled_rows(100, 50, np.random.default_rng(5))
     state = trainer.begin(start, learning_rate=0.1, momentum=0.9)
     state, losses = trainer.epoch(state, splits.train, rows, method, 0.5)
     params, trace = start["params"], jax.tree.map(np.zeros_like, start["params"])

@@ -11,6 +11,7 @@ from matplotlib.image import imread
 
 from monge_sam_jax import __main__
 from monge_sam_jax.experiments import quality_tasks, quality_training
+from monge_sam_jax.experiments.data import shuffled_rows
 from monge_sam_jax.experiments.quality import Quality
 from monge_sam_jax.experiments.quality_tasks import Batch, Problem, mean_loss
 
@@ -54,7 +55,9 @@ def by_hand(problem, name, rho, rows):
 @pytest.mark.parametrize("name", quality_training.METHODS)
 def test_curve_is_that_of_a_loop(problem, name):
     curve = quality_training.learn(problem, name, None if name == "sgd" else 0.1, 2, seed=5)
-    rows = quality_tasks.batch_rows(len(problem.train.y), 2, np.random.default_rng((5, 3)))
+    rows = shuffled_rows(
+        len(problem.train.y), quality_tasks.BATCH_SIZE, np.random.default_rng((5, 3)), 2
+    )
     assert len(curve) == 3
     assert curve[0] == quality_tasks.accuracy(problem.params, problem.test)
     expected = by_hand(problem, name, 0.1, rows)
@@ -76,7 +79,7 @@ def test_bad_minimum_knows_its_images_and_little_else(monkeypatch):
     monkeypatch.setattr(quality_tasks, "COPIES", 10)
     bad = quality_tasks.bad_minimum(seed=0, width=128, confusion_epochs=100)
     good = quality_tasks._fresh(0, 128, bad.train)
-    rows = quality_tasks.batch_rows(len(bad.train.y), 100, np.random.default_rng(0))
+    rows = shuffled_rows(len(bad.train.y), quality_tasks.BATCH_SIZE, np.random.default_rng(0), 100)
     good = quality_tasks._descend(good, bad.train, rows, 0.05)
     assert bad.notes["train_accuracy"] == quality_tasks.accuracy(good, bad.train) == 100
     assert bad.notes["test_accuracy"] < quality_tasks.accuracy(good, bad.test) - 2

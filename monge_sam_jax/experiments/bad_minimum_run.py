@@ -19,7 +19,7 @@ from monge_sam_jax.experiments.bad_minimum import BadMinimum, Recipe
 from monge_sam_jax.experiments.bad_minimum_claims import claims
 from monge_sam_jax.experiments.bad_minimum_data import CLASSES, Source, Splits
 from monge_sam_jax.experiments.bad_minimum_report import LABELS, final, markdown
-from monge_sam_jax.experiments.confusion import shuffled_rows
+from monge_sam_jax.experiments.data import shuffled_rows
 from monge_sam_jax.experiments.kept import Tree, fingerprint, kept
 from monge_sam_jax.plotting_bad_minimum import accuracy_figure, mechanism_figure
 

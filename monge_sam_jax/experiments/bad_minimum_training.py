@@ -14,8 +14,8 @@ from flax import linen as nn
 from monge_sam_jax.experiments import InputError
 from monge_sam_jax.experiments.bad_minimum import Recipe
 from monge_sam_jax.experiments.bad_minimum_data import CLASSES, Splits
-from monge_sam_jax.experiments.confusion import confusion_set, reach_bad_minimum, shuffled_rows
-from monge_sam_jax.experiments.data import Batch, Dataset
+from monge_sam_jax.experiments.confusion import confusion_set, reach_bad_minimum
+from monge_sam_jax.experiments.data import Batch, Dataset, shuffled_rows
 from monge_sam_jax.experiments.models import MLP
 from monge_sam_jax.experiments.resnet import ResNet
 from monge_sam_jax.experiments.task import Task, Variables

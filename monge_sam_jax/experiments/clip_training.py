@@ -16,6 +16,7 @@ from monge_sam_jax.diagnostics import get_diagnostics
 from monge_sam_jax.experiments.clip_alignment import Clip
 from monge_sam_jax.experiments.clip_data import Corpus, Pairs
 from monge_sam_jax.experiments.clip_model import Latents, TwoTowers, batch_loss, embed
+from monge_sam_jax.experiments.data import shuffled_rows
 from monge_sam_jax.transforms import monge_sam, sam
 
 PRETRAINING_RATE = 2e-3
@@ -61,12 +62,10 @@ def grid(options: Clip) -> list[Cell]:
     ]
 
 
-def batch_rows(pairs: int, batch_size: int, steps: int, rng: np.random.Generator) -> jax.Array:
+def batch_rows(pairs: int, batch_size: int, steps: int, rng: np.random.Generator) -> np.ndarray:
     """Indices (steps, batch_size): whole batches of epochs, each in an order of its own."""
-    per_epoch = pairs // batch_size
-    epochs = -(-steps // per_epoch)
-    orders = [rng.permutation(pairs)[: per_epoch * batch_size] for _ in range(epochs)]
-    return jnp.asarray(np.concatenate(orders).reshape(-1, batch_size)[:steps], jnp.int32)
+    epochs = -(-steps // (pairs // batch_size))
+    return shuffled_rows(pairs, batch_size, rng, epochs)[:steps]
 
 
 def pretrain(corpus: Corpus, options: Clip, seed: int) -> chex.ArrayTree:

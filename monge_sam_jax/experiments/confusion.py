@@ -37,12 +37,6 @@ def confusion_set(samples: Batch, classes: int, copies: int, rng: np.random.Gene
     return Batch(jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32))
 
 
-def shuffled_rows(samples: int, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Indices (steps, batch_size) of the whole batches of an epoch, in random order."""
-    order = rng.permutation(samples)
-    return order[: samples // batch_size * batch_size].reshape(-1, batch_size)
-
-
 def reach_bad_minimum(
     state: State,
     train: Batch,

@@ -36,6 +36,15 @@ class Batch(NamedTuple):
     y: jax.Array
 
 
+def shuffled_rows(
+    samples: int, batch_size: int, rng: np.random.Generator, epochs: int = 1
+) -> np.ndarray:
+    """Indices (steps, batch_size) of the whole batches of epochs, each in an order of its own."""
+    whole = samples // batch_size * batch_size
+    orders = [rng.permutation(samples)[:whole] for _ in range(epochs)]
+    return np.concatenate(orders).reshape(-1, batch_size)
+
+
 class Dataset(NamedTuple):
     """A training and a test set, and the number of classes."""
 

@@ -9,12 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from monge_sam_jax.experiments.confusion import (
-    confusion_set,
-    reach_bad_minimum,
-    shuffled_rows,
-)
-from monge_sam_jax.experiments.data import Batch, handwritten_digits
+from monge_sam_jax.experiments.confusion import confusion_set, reach_bad_minimum
+from monge_sam_jax.experiments.data import Batch, handwritten_digits, shuffled_rows
 from monge_sam_jax.experiments.models import MLP
 
 CLASSES = 10
@@ -65,12 +61,6 @@ def _logits(params: chex.ArrayTree, x: jax.Array) -> jax.Array:
     return MLP(CLASSES, width).apply(params, x)  # type: ignore[return-value]
 
 
-def batch_rows(samples: int, epochs: int, rng: np.random.Generator) -> jax.Array:
-    """Indices (steps, `BATCH_SIZE`) of the batches of whole epochs, each in an order of its own."""
-    rows = [shuffled_rows(samples, BATCH_SIZE, rng) for _ in range(epochs)]
-    return jnp.asarray(np.concatenate(rows), jnp.int32)
-
-
 def bad_minimum(seed: int, width: int, confusion_epochs: int) -> Problem:
     """A network that knows 500 images by heart, and little else (Liu et al. 2020).
 
@@ -83,11 +73,11 @@ def bad_minimum(seed: int, width: int, confusion_epochs: int) -> Problem:
     spoilt = confusion_set(train, CLASSES, COPIES, rng)
 
     def memorise(params: chex.ArrayTree, samples: Batch) -> chex.ArrayTree:
-        rows = batch_rows(len(samples.y), confusion_epochs, rng)
+        rows = shuffled_rows(len(samples.y), BATCH_SIZE, rng, confusion_epochs)
         return _descend(params, samples, rows, CONFUSION_RATE)
 
     def fit(params: chex.ArrayTree, samples: Batch) -> chex.ArrayTree:
-        rows = batch_rows(len(samples.y), EPOCHS_PER_FIT, rng)
+        rows = shuffled_rows(len(samples.y), BATCH_SIZE, rng, EPOCHS_PER_FIT)
         return _descend(params, samples, rows, FITTING_RATE)
 
     params, notes = reach_bad_minimum(

@@ -16,14 +16,14 @@ from rich.markdown import Markdown
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from monge_sam_jax.experiments import report
-from monge_sam_jax.experiments.data import Batch
+from monge_sam_jax.experiments.data import Batch, shuffled_rows
 from monge_sam_jax.experiments.quality import Quality
 from monge_sam_jax.experiments.quality_tasks import (
+    BATCH_SIZE,
     MOMENTUM,
     TASKS,
     Problem,
     accuracy,
-    batch_rows,
     mean_loss,
 )
 from monge_sam_jax.gradients import sharpness_aware_value_and_grad
@@ -153,7 +153,7 @@ def _cells(options: Quality, task: str) -> list[tuple[str, float | None]]:
 
 def _evaluation_steps(epochs: int, samples: int) -> list[int]:
     """Numbers of steps after which is evaluated: none, and then at even distances, to the end."""
-    steps = len(batch_rows(samples, epochs, np.random.default_rng(0)))
+    steps = samples // BATCH_SIZE * epochs
     return [round(part * steps / EVALUATIONS) for part in range(EVALUATIONS + 1)]
 
 
@@ -166,7 +166,8 @@ def _at(curves: list[list[float]], gradients: int) -> dict[str, float | None]:
 def learn(problem: Problem, name: str, rho: float | None, epochs: int, seed: int) -> list[float]:
     """Test accuracy in percent at the evaluations, from the start of the problem on."""
     radius = 0.0 if rho is None else rho
-    rows = batch_rows(len(problem.train.y), epochs, np.random.default_rng((seed, 3)))
+    rng = np.random.default_rng((seed, 3))
+    rows = shuffled_rows(len(problem.train.y), BATCH_SIZE, rng, epochs)
     optimizer = METHODS[name].optimizer(problem.learning_rate, radius)
     carry = problem.params, optimizer.init(problem.params)
     curve = [float(accuracy(problem.params, problem.test))]

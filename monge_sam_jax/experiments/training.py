@@ -30,7 +30,7 @@ from monge_sam_jax import (
     sam,
     sharpness_aware_value_and_grad,
 )
-from monge_sam_jax.experiments.data import Batch
+from monge_sam_jax.experiments.data import Batch, shuffled_rows
 from monge_sam_jax.experiments.placement import AXIS
 from monge_sam_jax.experiments.task import Task, Variables
 from monge_sam_jax.linen import SharpnessAwareTrainState, make_train_step
@@ -235,8 +235,7 @@ def begin(optimizers: Mapping[str, Optimizer], seed: int) -> dict[str, Run]:
 def epoch_batches(task: Task, batch_size: int, seed: int, epoch: int) -> list[Batch]:
     """The whole batches of an epoch, in an order that seed and epoch decide."""
     samples = jax.tree.map(np.asarray, task.dataset.train)
-    order = np.random.default_rng((seed, epoch)).permutation(len(samples.y))
-    rows = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
+    rows = shuffled_rows(len(samples.y), batch_size, np.random.default_rng((seed, epoch)))
     return [task.placement.place_batch(samples, row) for row in rows]
 
 
