@@ -247,7 +247,7 @@ def monge_period_5(problem: Problem) -> Method:
 
 
 def monge_last_layer(problem: Problem) -> Method:
-    """Monge SAM with mask= for the last layer: what is below it, XLA computes once."""
+    """Monge SAM with mask= for the last layer: there XLA ends the first backward pass."""
 
     def mask(params: Params) -> Params:
         return {name: name == HEAD for name in params}
