@@ -15,6 +15,12 @@ import optax
 PyTree = Any
 
 
+def check_at_least(name: str, value: Any, least: int) -> None:
+    """Raises ValueError unless `value` is an integer, `least` or more."""
+    if not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} must be an integer, {least} or more, got {value!r}")
+
+
 def check_nonnegative(name: str, value: Any) -> None:
     """Raises unless `value` is a finite real scalar >= 0; traced values pass unchecked.
 

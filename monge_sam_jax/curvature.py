@@ -4,7 +4,6 @@ All take a scalar function of the params alone, and any tree of real params. Cas
 float16 ones to float32 first: second derivatives lose what those dtypes round away.
 """
 
-import numbers
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
@@ -17,6 +16,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from scipy.sparse.linalg import LinearOperator, eigsh  # type: ignore[import-untyped]
 
+from monge_sam_jax._checks import check_at_least
 from monge_sam_jax.metrics import Metric, Params
 from monge_sam_jax.perturbation import worst_case_perturbation
 
@@ -245,12 +245,6 @@ def check_real(params: Params) -> None:
     for leaf in jax.tree.leaves(params):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(f"params must be real floats, got dtype {jnp.result_type(leaf)}")
-
-
-def check_at_least(name: str, value: Any, least: int) -> None:
-    """Raises ValueError unless `value` is an integer, `least` or more."""
-    if not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name} must be an integer, {least} or more, got {value!r}")
 
 
 def check_arpack(theta: jax.Array, k: int) -> None:
