@@ -91,7 +91,8 @@ class BadMinimum:
     Of the images that are not trained on, one part is for validation: it chooses the best epoch of
     a run. Test accuracies are those of the rest. The minima and all finished runs are kept in the
     output folder, by what decides them: the same command goes on where an interrupted one ended,
-    with the same results.
+    with the same results, if it has as many processor cores: sums are divided among them, and
+    training makes much of their last bits.
 
     Attributes:
       preset: What all options below it but seeds, seed, data_dir and output are, unless given.

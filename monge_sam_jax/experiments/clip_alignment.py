@@ -57,7 +57,8 @@ class Clip:
     (other words, some wrong captions), and evaluated on a third kind. Steps and cells of the grid
     are chosen on the validation set, and what is reported is the test set's. Runs that are finished
     are kept in the output folder: an interrupted command goes on where it was, with the same
-    results.
+    results, if it has as many processor cores: sums are divided among them, and training makes
+    much of their last bits.
 
     Attributes:
       preset: smoke takes half a minute, default about ten minutes on two cores, long about an
