@@ -144,9 +144,10 @@ def _split(folder: Path, name: str, side: int) -> Split:
             return Split(
                 np.stack(images), captions, np.array(labels).astype(str) if has_labels else None
             )
+    found = ", ".join(sorted(p.name for p in folder.glob("*"))) or "nothing"
     raise InputError(
         f"--data {folder}: expected {name}.jsonl or {name}.npz, found "
-        f"{', '.join(sorted(p.name for p in folder.glob('*'))) or 'nothing'}"
+        f"{found if folder.is_dir() else 'no such folder'}"
     )
 
 
