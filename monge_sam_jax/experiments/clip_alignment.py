@@ -61,8 +61,8 @@ class Clip:
     much of their last bits.
 
     Attributes:
-      preset: smoke takes half a minute, default about ten minutes on two cores, long about an
-        hour, for four times the data and steps.
+      preset: smoke takes half a minute, default about ten minutes on two cores, long forty,
+        for four times the data and steps.
       base: Base optimizer of SAM and M-SAM. The paper does not name its own.
       seeds: Number of seeds: of the generated pairs, the initial params and the order of the
         batches. By default 5, for smoke 2.
