@@ -52,36 +52,22 @@ def markdown(results: Mapping[str, Any]) -> str:
       Both tables. Accuracies are in percent; with several seeds, as mean and standard error.
     """
     starts = report.summarise(results["starts"])
+    train, test = (report.estimate(starts[f"{name}_accuracy"]) for name in ("train", "test"))
     data, configuration = results["data"], results["configuration"]
     lines = [
         f"{data['name']}, {configuration['model']} ({results['parameters']:,} params), "
         f"{data['train_samples']} images to train on, {data['validation_samples']} to choose the "
         f"best epoch by, {data['test_samples']} to test on; {configuration['seeds']} seeds. The "
-        f"bad minimum: training accuracy {estimate(starts['train_accuracy'])} %, test accuracy "
-        f"{estimate(starts['test_accuracy'])} %.",
+        f"bad minimum: training accuracy {train} %, test accuracy {test} %.",
         "",
         "| method | rho | " + " | ".join(COLUMNS.values()) + " |",
         "|---" * (2 + len(COLUMNS)) + "|",
     ]
     for run in results["runs"]:
         digits = {"peak_loss": 2, "best_epoch": 0}
-        cells = [estimate(run["summary"][name], digits.get(name, 1)) for name in COLUMNS]
+        cells = [report.estimate(run["summary"][name], digits.get(name, 1)) for name in COLUMNS]
         radius = "" if run["rho"] is None else f"{run['rho']:g}"
         lines.append(f"| {run['label']} | {radius} | " + " | ".join(cells) + " |")
     lines += ["", "| claim of the paper | holds here? | by count |", "|---|---|---|"]
     lines += [f"| {c['claim']} | {c['verdict']} | {c['measured']} |" for c in results["claims"]]
     return "\n".join([*lines, ""])
-
-
-def estimate(summary: Mapping[str, float | None], digits: int = 1) -> str:
-    """A mean with its standard error, if there is one.
-
-    >>> estimate({"mean": 97.64, "standard_error": 0.125})
-    '97.6 ± 0.1'
-    >>> estimate({"mean": float("nan"), "standard_error": None})
-    'diverged'
-    """
-    mean, error = summary["mean"], summary["standard_error"]
-    if mean is None or not np.isfinite(mean):
-        return "diverged"
-    return f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")

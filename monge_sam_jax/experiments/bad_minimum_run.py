@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 
 from monge_sam_jax.experiments import bad_minimum_training as training
 from monge_sam_jax.experiments import report
@@ -57,8 +56,7 @@ def run(options: BadMinimum) -> None:
     """
     report.prepare_output(options.output)
     results = compare(options)
-    text = json.dumps(results, indent=1, allow_nan=False)
-    (options.output / "results.json").write_text(text + "\n", encoding="utf-8")
+    report.write_json(options.output / "results.json", results)
     tables = markdown(results)
     (options.output / "bad_minimum.md").write_text(tables, encoding="utf-8")
     accuracy_figure(results).savefig(options.output / "figure6.png")
@@ -88,7 +86,7 @@ def compare(options: BadMinimum) -> dict[str, Any]:
     curves: dict[Cell, list[Tree]] = {cell: [] for cell in cells(recipe)}
     starts = []
     seeds = range(options.seed, options.seed + options.seeds)
-    with _progress() as progress:
+    with report.progress_bar() as progress:
         whole = progress.add_task("", total=len(seeds) * (1 + len(curves)))
         part = progress.add_task("")
         for seed in seeds:
@@ -107,11 +105,6 @@ def compare(options: BadMinimum) -> dict[str, Any]:
         "runs": [_entry(cell, trees, seeds) for cell, trees in curves.items()],
     }
     return report.jsonable(results | {"claims": claims(results)})
-
-
-def _progress() -> Progress:
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def _entry(cell: Cell, trees: list[Tree], seeds: range) -> dict[str, Any]:

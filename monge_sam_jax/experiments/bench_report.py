@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import json
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -12,7 +11,6 @@ import jax
 import numpy as np
 from rich import box
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from monge_sam_jax.experiments import InputError, bench_models, report
@@ -65,8 +63,7 @@ def run(options: Bench) -> None:
     for model in options.models:
         results["models"][model] = run_model(model, names, options, clock)
         console.print(model_table(results["models"][model], clock))
-    text = json.dumps(report.jsonable(results), indent=1, allow_nan=False)
-    (options.output / "results.json").write_text(text + "\n", encoding="utf-8")
+    report.write_json(options.output / "results.json", results)
     benchmark_figure(results).savefig(options.output / "benchmark.png")
     console.print(f"Wrote results.json and benchmark.png to {options.output}", soft_wrap=True)
 
@@ -115,10 +112,9 @@ def run_model(model: str, names: list[str], options: Bench, clock_name: str) -> 
     cycles: dict[str, int] = {}
     last: dict[str, Measurement] = {}
 
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
     with (
         without_compilation_cache(),
-        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+        report.progress_bar() as progress,
     ):
         total = (options.compilations + 1 + options.rounds) * len(names)
         bar = progress.add_task(f"{model}: compiling", total=total)

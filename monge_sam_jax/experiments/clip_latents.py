@@ -1,6 +1,5 @@
 """Figure 7: embeddings of two modalities without what tells them apart; also from a file."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,8 +103,7 @@ def run(path: Path, k: int, output: Path) -> None:
             "figure7": {"correlation": drawn.correlation, "explained": drawn.explained},
         }
     )
-    content = json.dumps(results, indent=1, allow_nan=False)
-    (output / "results.json").write_text(content + "\n", encoding="utf-8")
+    report.write_json(output / "results.json", results)
     figure_7([drawn]).savefig(output / "figure7.png")
     console = Console()
     for name in ("pairs", "alignment", "alignment_chance", "loss", "loss_chance"):

@@ -1,6 +1,5 @@
 """What `monge-sam clip` reports: chosen on the validation set, measured on the test set."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -130,7 +129,11 @@ def _compare(claim: str, low: Sequence[float], high: Sequence[float]) -> dict[st
         verdict = "not resolved"
     else:
         verdict = "holds" if mean > 0 else "does not hold: the other way round"
-    return {"claim": claim, "evidence": f"difference {_estimate(found, '+')}", "verdict": verdict}
+    return {
+        "claim": claim,
+        "evidence": f"difference {report.estimate(found, 3, '+')}",
+        "verdict": verdict,
+    }
 
 
 def _divergence(cells: Sequence[Json]) -> dict[str, str]:
@@ -263,15 +266,8 @@ def _final(cell: Json) -> str:
 
 
 def _summary(cell: Json, name: str) -> str:
-    return _estimate(cell["summary"][name])
+    return report.estimate(cell["summary"][name], 3)
 
 
 def _of(values: Sequence[float]) -> str:
-    return _estimate(report.summarise([{"v": value} for value in values])["v"])
-
-
-def _estimate(found: Mapping[str, float | None], sign: str = "") -> str:
-    mean, error = found["mean"], found["standard_error"]
-    if mean is None or not math.isfinite(mean):
-        return "not finite"
-    return f"{mean:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
+    return report.estimate(report.summarise([{"v": value} for value in values])["v"], 3)

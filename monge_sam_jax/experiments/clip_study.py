@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import zlib
 from pathlib import Path
@@ -13,7 +12,6 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from monge_sam_jax.experiments import clip_data, clip_report, report
 from monge_sam_jax.experiments.clip_alignment import Clip
@@ -43,8 +41,7 @@ def run(options: Clip) -> None:
     """
     report.prepare_output(options.output)
     results, panels = study(options)
-    text = json.dumps(results, indent=1, allow_nan=False)
-    (options.output / "results.json").write_text(text + "\n", encoding="utf-8")
+    report.write_json(options.output / "results.json", results)
     tables = clip_report.markdown(results)
     (options.output / "tables.md").write_text(tables, encoding="utf-8")
     figure_7(panels).savefig(options.output / "figure7.png")
@@ -106,8 +103,7 @@ def _train_all(options: Clip, corpus: Corpus) -> list[dict[str, Any]]:
     """The records of every cell from all seeds, behind a progress bar."""
     size = options.size
     cells = [{**cell._asdict(), "seeds": []} for cell in grid(options)]
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with report.progress_bar() as progress:
         bar = progress.add_task("", total=size.seeds * (1 + len(cells)))
         for seed in range(options.seed, options.seed + size.seeds):
             progress.update(bar, description=f"seed {seed}, pre-training")

@@ -3,14 +3,12 @@
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from monge_sam_jax.experiments import InputError, data, models, report
 from monge_sam_jax.experiments.checkpoints import Checkpoints, Records, Stage, fingerprint
@@ -50,8 +48,7 @@ def run(options: Train) -> None:
     results = compare(options, dataset)
     if jax.process_index() > 0:
         return
-    text = json.dumps(results, indent=1, allow_nan=False)
-    (options.output / "results.json").write_text(text + "\n", encoding="utf-8")
+    report.write_json(options.output / "results.json", results)
     training_figure(results).savefig(options.output / "training.png")
     console = Console()
     console.print(report.results_table(results))
@@ -155,11 +152,7 @@ def _train_from(
     checkpoints: Checkpoints,
 ) -> Records:
     """Trains behind a progress bar, one seed after the other."""
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=jax.process_index() > 0
-    ) as progress:
+    with report.progress_bar(disable=jax.process_index() > 0) as progress:
         bar = progress.add_task(
             "compiling",
             total=options.seeds * options.epochs * len(optimizers),

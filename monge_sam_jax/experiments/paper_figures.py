@@ -1,6 +1,5 @@
 """`monge-sam figures`: the figures of the paper, and the numbers behind them."""
 
-import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -34,9 +33,8 @@ def run(options: Figures) -> None:
         result.figure.savefig(options.output / f"figure_{number}.png")
         figures[str(number)] = {"setting": result.setting, "rows": result.rows}
         console.print(_table(f"Figure {number}: {result.setting}", result.rows))
-    content = report.jsonable({**report.environment(), "figures": figures})
-    text = json.dumps(content, indent=1, allow_nan=False)
-    (options.output / "figures.json").write_text(text + "\n", encoding="utf-8")
+    content = {**report.environment(), "figures": figures}
+    report.write_json(options.output / "figures.json", content)
     pictures = ", ".join(f"figure_{number}.png" for number in options.numbers)
     console.print(f"Wrote figures.json, {pictures} to {options.output}", soft_wrap=True)
 

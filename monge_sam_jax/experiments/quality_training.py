@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +12,6 @@ import numpy as np
 import optax
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from monge_sam_jax.experiments import report
 from monge_sam_jax.experiments.data import Batch, shuffled_rows
@@ -87,8 +85,7 @@ def run(options: Quality) -> None:
     """
     report.prepare_output(options.output)
     results = compare(options)
-    text = json.dumps(results, indent=1, allow_nan=False)
-    (options.output / "results.json").write_text(text + "\n", encoding="utf-8")
+    report.write_json(options.output / "results.json", results)
     tables = markdown(results)
     (options.output / "quality.md").write_text(tables, encoding="utf-8")
     quality_figure(results).savefig(options.output / "quality.png")
@@ -101,9 +98,8 @@ def run(options: Quality) -> None:
 
 def compare(options: Quality) -> dict[str, Any]:
     """The content of results.json: for every task, method and radius a curve for every seed."""
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
     tasks: dict[str, Any] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with report.progress_bar() as progress:
         bar = progress.add_task(
             "",
             total=sum(options.seeds * (1 + len(_cells(options, task))) for task in options.tasks),
@@ -224,7 +220,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             [{"accuracy": run[0]} for run in entry["runs"][0]["test_accuracy"]]
         )
         lines += [
-            f"**{task}** (start {_cell(start['accuracy'])}, {entry['steps'][-1]} steps, "
+            f"**{task}** (start {report.estimate(start['accuracy'])}, {entry['steps'][-1]} steps, "
             f"{results['configuration']['seeds']} seeds; test accuracy in % when as many gradients "
             "were taken as SGD takes / as many steps)",
             "",
@@ -241,10 +237,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def _both(run: Mapping[str, Any]) -> str:
     if run["at_equal_gradients"] == run["at_equal_steps"]:
-        return _cell(run["at_equal_steps"])
-    return f"{_cell(run['at_equal_gradients'])} / {_cell(run['at_equal_steps'])}"
-
-
-def _cell(summary: Mapping[str, float | None]) -> str:
-    error = summary["standard_error"]
-    return f"{summary['mean']:.1f}" + ("" if error is None else f" ± {error:.1f}")
+        return report.estimate(run["at_equal_steps"])
+    return (
+        f"{report.estimate(run['at_equal_gradients'])} / {report.estimate(run['at_equal_steps'])}"
+    )

@@ -1,5 +1,6 @@
 """What a comparison of optimizers comes to: a dictionary that is valid JSON, and a table."""
 
+import json
 import math
 import os
 import platform
@@ -13,6 +14,8 @@ import jax
 import numpy as np
 import optax
 from rich import box
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 import monge_sam_jax
@@ -44,6 +47,12 @@ def prepare_output(folder: Path) -> None:
         raise InputError(f"--output {folder}: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         raise InputError(f"--output {folder}: no permission to write")
+
+
+def progress_bar(*, disable: bool = False) -> Progress:
+    """Bars on standard error that count, tell the time, and vanish in the end."""
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=disable)
 
 
 def final_metrics(
@@ -107,6 +116,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a file of strict JSON."""
+    text = json.dumps(jsonable(content), indent=1, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
 def jsonable(tree: Any) -> Any:
     """`tree` as strict JSON has it: null for NaN and infinity, text for paths."""
     if isinstance(tree, Mapping):
@@ -116,6 +131,20 @@ def jsonable(tree: Any) -> Any:
     if isinstance(tree, float) and not math.isfinite(tree):
         return None
     return str(tree) if isinstance(tree, Path) else tree
+
+
+def estimate(summary: Mapping[str, float | None], digits: int = 1, sign: str = "") -> str:
+    """A mean with its standard error, if there is one.
+
+    >>> estimate({"mean": 97.64, "standard_error": 0.125})
+    '97.6 ± 0.1'
+    >>> estimate({"mean": float("nan"), "standard_error": None})
+    'diverged'
+    """
+    mean, error = summary["mean"], summary["standard_error"]
+    if mean is None or not math.isfinite(mean):
+        return "diverged"
+    return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
