@@ -211,7 +211,7 @@ def test_a_mask_for_the_last_layer_ends_the_first_backward_pass_there(model):
     masked, whole = products(with_mask(mask)), products(with_mask(None))
     assert plain > 2 * products(loss_fn)
     assert whole == 2 * plain
-    # XLA shares the forward pass too, but where a normalisation differs in what uses it.
+    # XLA shares the forward pass too, but not in the models with normalisation.
     assert masked - plain <= (2 if model == "mlp" else products(loss_fn) + 1)
 
 
