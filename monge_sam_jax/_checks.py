@@ -13,6 +13,10 @@ import numpy as np
 import optax
 
 PyTree = Any
+FLOATS_ALONE = (
+    "and sharpness-aware steps take float and complex ones: differentiate with respect to the "
+    "float leaves alone, and give the optimizer those"
+)
 
 
 def check_at_least(name: str, value: Any, least: int) -> None:
@@ -43,6 +47,30 @@ def check_nonnegative(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite and not negative, got {value!r}")
 
 
+def check_params(params: PyTree) -> None:
+    """Raises TypeError unless all leaves are float or complex arrays, or such numbers."""
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
+            raise TypeError(
+                f"{_at(path)} is a {type(leaf).__name__} and no array: give the arrays alone, in "
+                "tx.init, tx.update and the gradient function. For Equinox: arrays, static = "
+                "eqx.partition(model, eqx.is_inexact_array), and the loss takes "
+                "eqx.combine(arrays, static)"
+            )
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(f"{_at(path)} has dtype {dtype.name}, {FLOATS_ALONE}")
+
+
+def check_state(state: Any, kind: type, builder: str) -> None:
+    """Raises TypeError unless `state` is the state of this transformation."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{builder} was given a {type(state).__name__} in place of its state: make that by "
+            "tx.init(params), with the same tx, and restore a checkpoint into the form of it"
+        )
+
+
 def check_params_and_gradient(params: PyTree, grads: PyTree) -> None:
     """Raises unless `grads` is a gradient of something with respect to `params`.
 
@@ -64,10 +92,7 @@ def check_params_and_gradient(params: PyTree, grads: PyTree) -> None:
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.inexact):
             name = "float0" if dtype == jax.dtypes.float0 else dtype.name
-            raise TypeError(
-                f"the gradient {_at(path)} has dtype {name}; sharpness-aware steps need float or "
-                "complex gradients, so differentiate with respect to the float leaves alone"
-            )
+            raise TypeError(f"the gradient {_at(path)} has dtype {name}, {FLOATS_ALONE}")
     _check_same_form(
         params,
         grads,

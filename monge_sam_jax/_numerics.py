@@ -5,12 +5,19 @@ float32 gradients of 1e-30. The norms here are accumulated in float32 or wider, 
 to order one first.
 """
 
+import numbers
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 PyTree = Any
+
+
+def as_arrays(tree: PyTree) -> PyTree:
+    """`tree` with arrays in place of Python numbers."""
+    is_number = lambda x: isinstance(x, numbers.Number) and not hasattr(x, "dtype")  # noqa: E731
+    return jax.tree.map(lambda x: jnp.asarray(x) if is_number(x) else x, tree)
 
 
 def working_dtype(tree: PyTree) -> jnp.dtype:

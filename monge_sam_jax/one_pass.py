@@ -5,7 +5,7 @@ gradient is needed: the params in the training loop are the perturbed ones,
 :math:`y_t = \theta_t + \delta_t`, and an ordinary gradient is the one that is wanted.
 """
 
-import contextlib
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -14,24 +14,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from monge_sam_jax._checks import check_params_and_gradient
+from monge_sam_jax._checks import check_params, check_params_and_gradient, check_state
+from monge_sam_jax._momentum import FromMomentum, find_momentum, is_from_momentum, is_marker
 from monge_sam_jax._numerics import (
     ScaledNorm,
+    as_arrays,
     euclidean_norm,
     scaled_norm,
     tree_scale,
     widen,
     working_dtype,
 )
+from monge_sam_jax._surroundings import check_last, check_only_link, count_links, is_followed
 from monge_sam_jax.diagnostics import Diagnostics, diagnose
 from monge_sam_jax.metrics import Grads, Metric, Params, State, monge
 from monge_sam_jax.perturbation import Mask, ascent_multiple, broadcast_mask, check_ball, select
+from monge_sam_jax.transforms import SharpnessAwareState
 
 Direction: TypeAlias = Literal["gradient", "momentum"]
-
-
-class FromMomentum(NamedTuple):
-    """Stands in `OnePassState.theta` for a leaf that params and momentum determine."""
 
 
 class OnePassState(NamedTuple):
@@ -41,9 +41,9 @@ class OnePassState(NamedTuple):
       count: number of updates so far, an int32 scalar.
       base_state: state of the base optimizer.
       metric_state: state of the metric.
-      theta: the unperturbed params; `FromMomentum` at leaves, or in place of all, where they are
-        params - multiple * (inverse_scale * momentum), `optax.MaskedNode` where they are the
-        params.
+      delta: the perturbation that the params hold, as it was realised: theta = params - delta. At
+        leaves that are not perturbed it is `optax.MaskedNode`, and a kind of it where delta is
+        multiple * (inverse_scale * momentum).
       multiple: scalar in float32 or wider.
       inverse_scale: another, a power of two.
       diagnostics: of the perturbation that the params hold; zeros before the first update.
@@ -52,7 +52,7 @@ class OnePassState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it
     base_state: optax.OptState
     metric_state: State
-    theta: Params
+    delta: Params
     multiple: jax.Array
     inverse_scale: jax.Array
     diagnostics: Diagnostics
@@ -142,44 +142,62 @@ def one_pass_sam(
     base = optax.with_extra_args_support(base_optimizer)
     use_momentum = direction == "momentum"
 
-    def init(params: Params) -> OnePassState:
-        chosen = broadcast_mask(True if mask is None else mask, params)
+    def layout(chosen: Any, params: Params) -> Params:
+        """What the state keeps of delta: of some leaves nothing."""
 
-        def keep(choose: bool, leaf: jax.Array) -> Any:
+        def keep(choose: bool, p: Any) -> Any:
             if not choose:
                 return optax.MaskedNode()
-            recompute = use_momentum and metric.isotropic and jnp.finfo(leaf.dtype).bits >= 32
-            return FromMomentum() if recompute else jnp.copy(leaf)
+            recompute = use_momentum and metric.isotropic and jnp.finfo(p.dtype).bits >= 32
+            return FromMomentum() if recompute else p
 
+        return jax.tree.map(keep, chosen, params)
+
+    def init(params: Params) -> OnePassState:
+        params = as_arrays(params)
+        chosen = _chosen(mask, params)
         perturbed = select(chosen, params)
-        theta = jax.tree.map(keep, chosen, params)
+        check_params(perturbed)
+        kept = layout(chosen, params)
         base_state = base.init(params)
-        if use_momentum:
-            _momentum(base_state, theta, params)
-            if all(map(_is_from_momentum, jax.tree.leaves(theta, is_leaf=_is_marker))):
-                theta = FromMomentum()
+        if any(count_links(is_kind, base_state) for is_kind in (_is_one_pass, _is_two_pass)):
+            raise ValueError(
+                "the base optimizer is sharpness-aware itself, and both would perturb: give "
+                "one_pass_sam what comes after it in the chain"
+            )
+        if use_momentum and jax.tree.leaves(params):
+            find_momentum(base_state, kept, params)
         return OnePassState(
             count=jnp.zeros((), jnp.int32),
             base_state=base_state,
             metric_state=metric.init(perturbed),
-            theta=theta,
+            delta=jax.tree.map(jnp.zeros_like, kept),
             multiple=jnp.zeros((), working_dtype(perturbed)),
             inverse_scale=jnp.zeros((), working_dtype(perturbed)),
             diagnostics=Diagnostics(*(jnp.zeros((), jnp.float32) for _ in Diagnostics._fields)),
         )
 
     def update(
-        grads: Grads, state: OnePassState, params: Params | None = None, **extra_args: Any
+        updates: Grads, state: OnePassState, params: Params | None = None, **extra_args: Any
     ) -> tuple[Params, OnePassState]:
+        grads = updates
         if params is None:
             raise ValueError("one_pass_sam needs the params: tx.update(grads, state, params)")
+        check_state(state, OnePassState, "one_pass_sam")
+        check_only_link(_is_two_pass, most=0)
+        check_last(_is_one_pass)
+        params = as_arrays(params)
         check_params_and_gradient(_without_masked(params), _without_masked(grads))
-        kept, theta = _kept(state, params), _unperturbed(state, params)
+        chosen = _chosen(mask, params)
+        kept = layout(chosen, params)
+        _check_layout(kept, state.delta)
+
+        held = _held(state, params)
+        theta = _subtract(params, held)
         base_updates, base_state = base.update(grads, state.base_state, theta, **extra_args)
         theta = optax.apply_updates(theta, base_updates)
 
-        chosen = broadcast_mask(True if mask is None else mask, params)
-        g = select(chosen, _momentum(base_state, kept, params) if use_momentum else grads)
+        g = select(chosen, find_momentum(base_state, kept, params) if use_momentum else grads)
         count = optax.safe_increment(state.count)
         dtype = state.multiple.dtype
         ahead = _perturb(
@@ -195,17 +213,21 @@ def one_pass_sam(
         norms = ahead.scaled.unit_norm * scaled_norm(others).unit_norm.astype(dtype)
         finite = jax.lax.stop_gradient(norms / norms)
 
-        def change(kept: Any, p: Any, t: Any, u: Any, d: Any) -> Any:
-            if not isinstance(kept, optax.MaskedNode):
-                u = _difference((widen(t, d.dtype) + d).astype(p.dtype), p)
-            return jax.tree.map(lambda u: u * finite.astype(u.dtype), u)
+        def move(kept: Any, p: Any, held: Any, t: Any, u: Any, d: Any) -> Any:
+            """What y moves by, and the perturbation that it then holds."""
+            if is_marker(kept) and not is_from_momentum(kept):
+                return _Move(jax.tree.map(lambda u: u * finite.astype(u.dtype), u), kept)
+            v = widen(u, d.dtype) + (d - widen(held, d.dtype))  # u itself where rho is zero
+            v = _rounded(v.astype(p.dtype))
+            realised = kept if is_marker(kept) else _rounded(p + v) - t
+            return _Move(v * finite.astype(v.dtype), realised)
 
-        updates = _map_kept(change, kept, params, theta, base_updates, ahead.delta)
-        return updates, OnePassState(
+        moves = _map_kept(move, kept, params, held, theta, base_updates, ahead.delta)
+        return _map_moves(lambda m: m.update, moves), OnePassState(
             count=count,
             base_state=base_state,
             metric_state=ahead.metric_state,
-            theta=_map_kept(lambda kept, t: kept if _is_marker(kept) else t, state.theta, theta),
+            delta=_map_moves(lambda m: m.delta, moves),
             multiple=ahead.multiple.astype(dtype),
             inverse_scale=ahead.scaled.inverse_scale.astype(dtype),
             diagnostics=ahead.diagnostics,
@@ -219,10 +241,10 @@ def unperturbed_params(opt_state: chex.ArrayTree, params: Params) -> Params:
 
     Args:
       opt_state: state of `one_pass_sam`, or of whatever was built around it. Under
-        `optax.partition` and the like it may be there several times, each for its own leaves.
-      params: y, the params of the training loop that belong to the state. For Flax NNX give both
-        without their Variables, `nnx.as_pure(optimizer.opt_state)` and
-        `nnx.as_pure(nnx.state(model, nnx.Param))`.
+        `optax.partition` and the like it may be there several times, each for its own leaves; made
+        by `jax.vmap`, it is that of an ensemble, stacked along the first axis as the params are.
+      params: y, the params of the training loop that belong to the state. Both may hold the
+        `Variable`s of Flax NNX, `optimizer.opt_state` and `nnx.state(model, nnx.Param)`.
 
     Returns:
       A tree of the form of the params.
@@ -240,18 +262,58 @@ def unperturbed_params(opt_state: chex.ArrayTree, params: Params) -> Params:
     >>> unperturbed_params(state, params)
     Array([0. , 1.5], dtype=float32)
     """
+    opt_state, theta = _without_variables(opt_state), as_arrays(_without_variables(params))
     found = optax.tree.get_all_with_path(opt_state, OnePassState.__name__)
     if not found:
         raise ValueError("found no state of one_pass_sam in opt_state; did it make the optimizer?")
-    if _is_followed(opt_state):
+    if is_followed(opt_state, _is_one_pass):
         raise ValueError(
             "something comes after one_pass_sam in optax.chain and changes what it moves the "
             "params by: put it inside, one_pass_sam(optax.chain(...)), or before. If the tuple in "
             "opt_state is no chain's, give the state of one_pass_sam alone"
         )
     for _, state in found:
-        params = _unperturbed(state, params)
-    return params
+        theta = _unperturbed(state, theta)
+    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(theta))
+
+
+def _unperturbed(state: OnePassState, params: Params) -> Params:
+    if jnp.ndim(state.count):  # of an ensemble, whose scalars have its axis too
+        return jax.vmap(_unperturbed)(state, params)
+    return _subtract(params, _held(state, params))
+
+
+def _held(state: OnePassState, params: Params) -> Params:
+    """The perturbation that the params hold; `optax.MaskedNode` where none is."""
+    from_momentum = state.delta
+    if any(map(is_from_momentum, jax.tree.leaves(state.delta, is_leaf=is_marker))):
+        momentum = find_momentum(state.base_state, state.delta, params)
+        from_momentum = tree_scale(state.multiple, tree_scale(state.inverse_scale, momentum))
+    return _map_kept(lambda kept, h: h if is_from_momentum(kept) else kept, state.delta, from_momentum)
+
+
+def _subtract(params: Params, delta: Params) -> Params:
+    """params - delta, in the dtypes of the params."""
+    return _map_kept(
+        lambda d, p: p if is_marker(d) else (widen(p, d.dtype) - d).astype(p.dtype), delta, params
+    )
+
+
+class _Move(NamedTuple):
+    update: Any
+    delta: Any
+
+
+def _map_moves(function: Callable[[_Move], Any], moves: Any) -> Any:
+    return jax.tree.map(function, moves, is_leaf=lambda x: isinstance(x, _Move))
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    """`x`, in its own precision also where XLA would go on in float32 with one of 16 bits."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating) or jnp.finfo(x.dtype).bits >= 32:
+        return x
+    info = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant)
 
 
 class _Perturbation(NamedTuple):
@@ -275,118 +337,49 @@ def _perturb(
     return _Perturbation(delta, multiple, scaled, metric_state, diagnostics)
 
 
-def _kept(state: OnePassState, params: Params) -> Params:
-    """`state.theta`, leaf by leaf."""
-    if _is_from_momentum(state.theta):
-        return jax.tree.map(lambda _: FromMomentum(), params)
-    return state.theta
+def _chosen(mask: Mask, params: Params) -> Any:
+    """A bool for every leaf: whether it is perturbed."""
+    # Optax looks for what is like the params in a state by init on a placeholder without leaves.
+    return broadcast_mask(True if mask is None or not jax.tree.leaves(params) else mask, params)
 
 
-def _unperturbed(state: OnePassState, params: Params) -> Params:
-    kept, held = _kept(state, params), params
-    if any(map(_is_from_momentum, jax.tree.leaves(kept, is_leaf=_is_marker))):
-        momentum = _momentum(state.base_state, kept, params)
-        held = tree_scale(state.multiple, tree_scale(state.inverse_scale, momentum))
+def _check_layout(expected: Params, delta: Params) -> None:
+    """Raises ValueError unless the state keeps what this transformation would keep."""
 
-    def restore(kept: Any, p: Any, h: Any) -> Any:
-        if _is_from_momentum(kept):
-            return (widen(p, h.dtype) - h).astype(p.dtype)
-        return p if isinstance(kept, optax.MaskedNode) else kept
+    def describe(tree: Params) -> list[Any]:
+        leaves = jax.tree.leaves(tree, is_leaf=is_marker)
+        return [type(x) if is_marker(x) else (jnp.shape(x), x.dtype) for x in leaves]
 
-    return _map_kept(restore, kept, params, held)
-
-
-def _difference(target: jax.Array, p: jax.Array) -> jax.Array:
-    """The v for which p + v is rounded to target, if there is one."""
-    v = target - p  # exact where they are within a factor of two of each other
-    # Elsewhere a tie may have rounded v to the wrong side, at a power of two.
-    other = v + 2 * (target - (p + v))
-    return jnp.where(p + other == target, other, v)
-
-
-def _momentum(base_state: optax.OptState, kept: Params, params: Params) -> Params:
-    """The base optimizer's momentum, of the form of the params."""
-    if isinstance(_last_link(base_state), optax.TraceState):
+    if describe(expected) != describe(delta):
         raise ValueError(
-            "the base optimizer's momentum is the last of its links, as in optax.lars and "
-            "optax.rmsprop(momentum=...), so it is one of steps and not of gradients: put "
-            "optax.trace before the learning rate, or use direction='gradient'"
+            "the state of one_pass_sam was made with another mask, direction or kind of metric, or "
+            "for other params. To go on from it, start at the unperturbed params: "
+            "params = unperturbed_params(old_state, params), and the state "
+            "tx.init(params)._replace(base_state=old_state.base_state)"
         )
 
-    def expand(tree: Any) -> Any:
-        """`tree` with what Optax has masked leaf by leaf."""
 
-        def fill(m: Any, p: Any) -> Any:
-            if isinstance(m, optax.MaskedNode):
-                return jax.tree.map(lambda _: m, p)
-            if getattr(p, "shape", None) != jnp.shape(m):
-                raise ValueError
-            return m
-
-        return _map_kept(fill, tree, params)
-
-    parts = []
-    for field in ("trace", "mu"):
-        for _, tree in optax.tree.get_all_with_path(base_state, field):
-            with contextlib.suppress(ValueError):  # what is not of the form of the params
-                parts.append(expand(tree))
-
-    def pick(kept: Any, p: Any, *parts: Any) -> Any:
-        if isinstance(kept, optax.MaskedNode):
-            return p
-        found = [m for m in parts if not isinstance(m, optax.MaskedNode)]
-        if len(found) != 1:
-            raise ValueError(
-                "direction='momentum' needs one momentum of the form of the params in the base "
-                f"optimizer's state, by the name of trace or mu, but found {len(found)}: use "
-                "optax.sgd(0.1, momentum=0.9), optax.adam(1e-3) or the like, or "
-                "direction='gradient'"
-            )
-        return found[0]
-
-    return _map_kept(pick, kept, params, *parts)
+def _is_one_pass(x: Any) -> bool:
+    return isinstance(x, OnePassState)
 
 
-def _last_link(state: optax.OptState) -> Any:
-    """State of the last link of the outermost chain."""
-    while True:
-        if type(state) is tuple and state:
-            state = state[-1]
-        elif hasattr(state, "inner_state"):
-            state = state.inner_state
-        else:
-            return state
+def _is_two_pass(x: Any) -> bool:
+    return isinstance(x, SharpnessAwareState)
 
 
-def _is_followed(state: Any) -> bool:
-    """Whether a link comes after `one_pass_sam` in a chain, and is not masked by `optax.masked`."""
-    bounds = (OnePassState, optax.MaskedState)
-
-    def is_node(x: Any) -> bool:
-        return x is not state and (type(x) is tuple or isinstance(x, bounds))
-
-    def holds(link: Any) -> bool:
-        nodes = jax.tree.leaves(link, is_leaf=lambda x: isinstance(x, bounds))
-        return any(isinstance(x, OnePassState) for x in nodes)
-
-    if type(state) is tuple and any(map(holds, state[:-1])):
-        return True
-    return any(_is_followed(x) for x in jax.tree.leaves(state, is_leaf=is_node) if is_node(x))
-
-
-def _map_kept(function: Callable[..., Any], theta: Params, *trees: Any) -> Any:
-    """Maps over the leaves of theta, kept or not, and what the other trees have there."""
-    return jax.tree.map(function, theta, *trees, is_leaf=_is_marker)
-
-
-def _is_marker(x: Any) -> bool:
-    return isinstance(x, (FromMomentum, optax.MaskedNode))
-
-
-def _is_from_momentum(x: Any) -> bool:
-    return isinstance(x, FromMomentum)
+def _map_kept(function: Callable[..., Any], kept: Params, *trees: Any) -> Any:
+    """Maps over the leaves of `kept`, markers among them, and what the other trees have there."""
+    return jax.tree.map(function, kept, *trees, is_leaf=is_marker)
 
 
 def _without_masked(tree: Any) -> Any:
     """`tree` with None for what Optax has masked."""
-    return _map_kept(lambda x: None if _is_marker(x) else x, tree)
+    return _map_kept(lambda x: None if is_marker(x) else x, tree)
+
+
+def _without_variables(tree: Any) -> Any:
+    """`tree` with arrays in place of the `Variable`s of Flax NNX."""
+    nnx = sys.modules.get("flax.nnx")  # no Variable is there before Flax is
+    if nnx is None:
+        return tree
+    return nnx.as_pure(tree) if hasattr(nnx, "as_pure") else nnx.pure(tree)  # Flax before 0.12

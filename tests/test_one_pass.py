@@ -296,18 +296,26 @@ def test_theta_without_a_copy_drifts_no_more_than_in_plain_training(x64):
     y, state = long_descent(
         one_pass_sam(base, rho=1.0, direction="momentum"), jnp.asarray(start), pull=0.0
     )
-    assert isinstance(state.theta, FromMomentum)
+    assert isinstance(state.delta, FromMomentum)
     drift = np.linalg.norm(unperturbed_params(state, y) - exact)
     # As many roundings make a random walk of the same length, give or take the draw.
     assert 1e-5 < drift <= 1.5 * np.linalg.norm(plain - exact)
 
 
-def test_bfloat16_is_that_of_a_loop_that_keeps_theta(direction):
-    """In bfloat16 too; bit for bit, as all products with decay and learning rate are exact."""
-    arguments = (direction, 0.5, 0.0625, 1.0)
-    actual = one_pass(*arguments, jnp.bfloat16)
+@pytest.mark.parametrize("rho", [0.05, 1.0])
+def test_bfloat16_is_that_of_a_loop_that_keeps_theta(direction, rho):
+    """Bit for bit, as all products with decay and learning rate are exact.
+
+    Where the perturbation was larger than theta, up to the last bit, which it then takes.
+    """
+    arguments = (direction, 0.5, 0.0625, rho)
+    actual, expected = one_pass(*arguments, jnp.bfloat16), explicit(*arguments, jnp.bfloat16)
     assert actual.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(actual, explicit(*arguments, jnp.bfloat16))
+    if rho < 1:
+        np.testing.assert_array_equal(actual, expected)
+    else:
+        np.testing.assert_allclose(actual.astype(float), expected.astype(float), rtol=2**-7)
+        assert np.sum(actual == expected) >= 7
 
 
 # --- rho = 0 ---
@@ -342,14 +350,21 @@ def test_rho_zero_for_steps_of_any_size(dtype):
 
 
 def test_theta_is_that_of_the_base_optimizer_in_a_compiled_step():
-    """XLA rounds once in p - 0.3 g there, and does so in both."""
+    """XLA rounds once in p - 0.3 g there, and does so in both.
+
+    Bit for bit where theta is as large as the perturbation; elsewhere in the precision of that.
+    """
     rng = np.random.default_rng(0)
     p, g = jnp.asarray(rng.normal(size=(2, 10_000)), jnp.float32)
     base = optax.sgd(0.3)
-    (_, state), (expected, _) = (
-        compiled(tx)(p, tx.init(p), g) for tx in (one_pass_sam(base, rho=0.1), base)
+    (y, state), (expected, _) = (
+        compiled(tx)(p, tx.init(p), g) for tx in (one_pass_sam(base, metric=ms.euclidean(), rho=50.0), base)
     )
-    np.testing.assert_array_equal(state.theta, expected)
+    theta, delta = unperturbed_params(state, y), np.abs(state.delta)
+    larger = np.abs(expected) >= delta
+    assert 5_000 < np.sum(larger) < 9_900
+    np.testing.assert_array_equal(theta[larger], expected[larger])
+    assert np.all(np.abs(theta - expected) <= np.spacing(delta))
 
 
 # --- arguments ---
@@ -507,7 +522,7 @@ def test_mixed_precision(x64, direction):
     chex.assert_trees_all_equal_dtypes(theta, params)
     for leaf in jax.tree.leaves(theta):  # 1.5 - 0.25 * 1.5 * (1 + 1.5 + 1.75)
         np.testing.assert_allclose(np.asarray(leaf, float), -0.09375, atol=1e-7)
-    kept = {name for name in dtypes if not isinstance(state.theta[name], FromMomentum)}
+    kept = {name for name in dtypes if not isinstance(state.delta[name], FromMomentum)}
     assert kept == ({"f16", "bf16"} if direction == "momentum" else set(dtypes))
 
 
@@ -607,7 +622,7 @@ def test_masked_leaves_are_not_perturbed_and_do_not_enter_the_norm(mask, metric,
     }
     chex.assert_trees_all_close(y, expected, rtol=1e-6)
     chex.assert_trees_all_close(unperturbed_params(state, y), theta, rtol=1e-6)
-    kept = sum(leaf.size for leaf in jax.tree.leaves(state.theta))
+    kept = sum(leaf.size for leaf in jax.tree.leaves(state.delta))
     assert kept == (0 if direction == "momentum" and metric.isotropic else 25)
 
 
@@ -821,10 +836,16 @@ def test_tree_map_params(direction):
     state = tx.init(params)
     labels = jax.tree.map(lambda p: "params", params)
     mapped = optax.tree_map_params(
-        tx, lambda leaf, label: label, state, labels, transform_non_params=lambda leaf: "other"
+        tx,
+        lambda leaf, label: leaf if isinstance(leaf, optax.MaskedNode) else label,
+        state,
+        labels,
+        transform_non_params=lambda leaf: "other",
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),  # as for optax.masked
     )
     assert mapped.base_state[0].trace == labels
-    assert mapped.theta == (labels if direction == "gradient" else FromMomentum())
+    expected = jax.tree.map(lambda p: FromMomentum(), params)
+    assert mapped.delta == (labels if direction == "gradient" else expected)
     assert mapped.multiple == "other"
 
 
@@ -891,7 +912,7 @@ def test_sharded_params_keep_their_shardings(direction):
 
     *_, (expected, expected_state) = train(params)
     for y, state in train(jax.device_put(params, shardings)):
-        kept = [] if direction == "momentum" else [state.theta]
+        kept = [] if direction == "momentum" else [state.delta]
         for tree in (y, state.base_state[0].mu, *kept):
             for name, leaf in tree.items():
                 assert leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim)
@@ -915,7 +936,9 @@ def test_price_beside_the_plain_step():
         flops = ours.cost_analysis()["flops"] - plain.cost_analysis()["flops"]
         assert flops <= 24 * size + 1000
         ours, memory = ours.memory_analysis(), plain.memory_analysis()
-        assert ours.temp_size_in_bytes <= 1.01 * memory.temp_size_in_bytes
+        # On CPU, where one loop writes one array, Adam's direction of a leaf is read by two.
+        one_leaf = 4 * 320 if copies else 0
+        assert ours.temp_size_in_bytes <= 1.01 * memory.temp_size_in_bytes + one_leaf
         extra = ours.output_size_in_bytes - memory.output_size_in_bytes
         assert extra <= copies * 4 * size + 1000
 
