@@ -4,6 +4,8 @@ The builders `monge_sam`, `sam`, `adaptive_sam` and `fisher_sam` go first in an 
 `sharpness_aware_value_and_grad` takes the place of `jax.value_and_grad` in any training loop.
 """
 
+from monge_sam_jax.composite import grouped as grouped
+from monge_sam_jax.composite import scaled as scaled
 from monge_sam_jax.diagnostics import Diagnostics as Diagnostics
 from monge_sam_jax.diagnostics import MeasuredDiagnostics as MeasuredDiagnostics
 from monge_sam_jax.diagnostics import get_diagnostics as get_diagnostics

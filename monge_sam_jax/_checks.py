@@ -47,19 +47,39 @@ def check_nonnegative(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite and not negative, got {value!r}")
 
 
+def check_positive(name: str, value: Any, *, zero: str) -> None:
+    """As `check_nonnegative`, and raises ValueError if `value` is zero, with the advice `zero`."""
+    check_nonnegative(name, value)
+    if not isinstance(value, jax.core.Tracer) and value == 0:
+        raise ValueError(f"{name} must be positive, got {value!r}: {zero}")
+
+
+def broadcast_prefix(what: str, prefix: PyTree, tree: PyTree) -> PyTree:
+    """`tree` with the leaves of `prefix` in place of its own; ValueError if that is no prefix."""
+    try:
+        return jax.tree.map(lambda x, part: jax.tree.map(lambda _: x, part), prefix, tree)
+    except ValueError as error:
+        raise ValueError(f"{what} that is a prefix of the params: {error}") from error
+
+
 def check_params(params: PyTree) -> None:
     """Raises TypeError unless all leaves are float or complex arrays, or such numbers."""
+    _check_arrays(params)
     for path, leaf in jax.tree.leaves_with_path(params):
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
-            raise TypeError(
-                f"{_at(path)} is a {type(leaf).__name__} and no array: give the arrays alone, in "
-                "tx.init, tx.update and the gradient function. For Equinox: arrays, static = "
-                "eqx.partition(model, eqx.is_inexact_array), and the loss takes "
-                "eqx.combine(arrays, static)"
-            )
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(f"{_at(path)} has dtype {dtype.name}, {FLOATS_ALONE}")
+
+
+def _check_arrays(params: PyTree) -> None:
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
+            raise TypeError(
+                f"the leaf {_at(path)} is a {type(leaf).__name__} and no array: give the arrays "
+                "alone to tx.init, tx.update and the gradient function. With Equinox, arrays, "
+                "static = eqx.partition(model, eqx.is_inexact_array), and the gradient is that of "
+                "lambda arrays: loss_fn(eqx.combine(arrays, static))"
+            )
 
 
 def check_state(state: Any, kind: type, builder: str) -> None:
@@ -85,9 +105,12 @@ def check_params_and_gradient(params: PyTree, grads: PyTree) -> None:
                 raise ValueError(
                     f"{_at(path)} is a MaskedNode, so the gradient function cannot be evaluated: "
                     "the sharpness-aware transformation is inside optax.masked, optax.partition or "
-                    "the like. Place it outside, first in the chain, and choose the leaves to "
-                    "perturb by its own argument mask="
+                    "the like. Place it outside, first in the chain. The leaves to perturb are "
+                    "chosen by its own argument mask=, and a radius for each group of leaves by "
+                    'sharpness_aware(grad_fn, metric=grouped({"a": monge(), "b": scaled(monge(), '
+                    "0.1)}, labels)), not by a second transformation"
                 )
+    _check_arrays(params)
     for path, leaf in jax.tree.leaves_with_path(grads):
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.inexact):

@@ -75,6 +75,16 @@ def euclidean_norm(tree: PyTree, dtype: jnp.dtype) -> jax.Array:
     return jnp.sqrt(jnp.maximum(inner_product(tree, tree, dtype), floor))
 
 
+def bounded_quotient(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x / y for x >= 0 and y > 0; one beyond the dtype's range is its largest number."""
+    return jnp.minimum(x, jnp.finfo(x.dtype).max * jnp.minimum(y, 1.0)) / y
+
+
+def bounded_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x y for x, y >= 0; one beyond the dtype's range is its largest number."""
+    return jnp.minimum(x, jnp.finfo(x.dtype).max / jnp.maximum(y, 1.0)) * y
+
+
 class ScaledNorm(NamedTuple):
     """A tree as unit / inverse_scale, with unit's entries of order one.
 
@@ -91,10 +101,17 @@ class ScaledNorm(NamedTuple):
     @property
     def norm(self) -> jax.Array:
         """Euclidean norm of the tree; one beyond the dtype's range is its largest number."""
-        nonzero = self.inverse_scale != 0
-        inverse = jnp.where(nonzero, self.inverse_scale, 1.0)
-        limit = jnp.finfo(inverse.dtype).max * jnp.minimum(inverse, 1.0)
-        return jnp.where(nonzero, jnp.minimum(self.unit_norm, limit), 0.0) / inverse
+        unit_norm = jnp.where(self.inverse_scale != 0, self.unit_norm, 0.0)
+        return bounded_quotient(unit_norm, self.scale)
+
+    @property
+    def scale(self) -> jax.Array:
+        """`inverse_scale`, or one for a zero tree: the tree is unit / scale too."""
+        return jnp.where(self.inverse_scale != 0, self.inverse_scale, 1.0)
+
+    def divided(self, divisor: jax.Array) -> jax.Array:
+        """`norm / divisor`, where zero stands for an infinite divisor of a zero tree."""
+        return bounded_quotient(self.norm, jnp.where(divisor != 0, divisor, 1.0))
 
 
 def scaled_norm(tree: PyTree) -> ScaledNorm:
@@ -135,5 +152,7 @@ def lift_factors(x: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
     Both stay in range where the square, or k x itself, would overflow, and `y * u / r` is safe
     where `y / (r / u)` is not. u is a constant to differentiation.
     """
-    u = jax.lax.stop_gradient(1 / jnp.clip(k * x, 1.0, 1 / jnp.finfo(x.dtype).tiny))
-    return u, jnp.sqrt(u**2 + (k * (x * u)) ** 2)
+    info = jnp.finfo(x.dtype)
+    u = jax.lax.stop_gradient(1 / jnp.clip(bounded_product(x, k), 1.0, 1 / info.tiny))
+    scaled = jnp.minimum(bounded_product(x * u, k), info.max ** (1 / 4))
+    return u, jnp.sqrt(u**2 + scaled**2)

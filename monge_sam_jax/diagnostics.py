@@ -6,7 +6,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from monge_sam_jax._numerics import euclidean_norm, inner_product, scaled_norm
+from monge_sam_jax._numerics import (
+    bounded_product,
+    bounded_quotient,
+    euclidean_norm,
+    inner_product,
+    scaled_norm,
+)
 from monge_sam_jax.metrics import Ascent, Grads, Params
 
 
@@ -97,13 +103,18 @@ def diagnose(
     # For the Euclidean metric this sum of squares is the norm's own, which XLA computes once.
     tangent_norm = euclidean_norm(ascent.tangent, dtype)
     nonzero = grad_norm != 0
-    perturbation_norm = jnp.where(nonzero, multiple.astype(dtype) * tangent_norm, 0.0)
+    length = bounded_product(tangent_norm, multiple.astype(dtype))
+    perturbation_norm = jnp.where(nonzero, length, 0.0)
     return Diagnostics(
         grad_norm=_report(grad_norm),
         dual_norm=_report(ascent.dual_norm),
         perturbation_norm=_report(perturbation_norm),
-        effective_radius=_report(perturbation_norm / jnp.where(nonzero, grad_norm, 1.0)),
-        predicted_sharpness=_report(jnp.asarray(rho, dtype) * ascent.dual_norm.astype(dtype)),
+        effective_radius=_report(
+            bounded_quotient(perturbation_norm, jnp.where(nonzero, grad_norm, 1.0))
+        ),
+        predicted_sharpness=_report(
+            bounded_product(ascent.dual_norm.astype(dtype), jnp.asarray(rho, dtype))
+        ),
     )
 
 

@@ -49,6 +49,8 @@ from jax.scipy.sparse.linalg import cg
 
 from monge_sam_jax._checks import check_nonnegative
 from monge_sam_jax._numerics import (
+    bounded_product,
+    bounded_quotient,
     inner_product,
     lift_factors,
     scaled_norm,
@@ -165,14 +167,16 @@ def adaptive(eta: chex.Numeric = 0.01) -> Metric:
     def ascent(grads: Grads, params: Params, state: State) -> tuple[Ascent, State]:
         g = scaled_norm(grads)
         dtype = g.unit_norm.dtype
-        size = jax.tree.map(lambda p: widen(jnp.abs(p), dtype) + jnp.asarray(eta, dtype), params)
 
-        def times_size(tree: Params) -> Params:
-            return jax.tree.map(lambda x, t: x * t.astype(x.dtype), tree, size)
+        def size(p: jax.Array) -> jax.Array:  # T / 8, so that its product with g.unit is in range
+            return widen(jnp.abs(p), dtype) / 8 + jnp.asarray(eta, dtype) / 8
 
-        h = scaled_norm(times_size(g.unit))
-        dual_norm = h._replace(inverse_scale=g.inverse_scale * h.inverse_scale).norm
-        return Ascent(times_size(h.unit), dual_norm, length=h.unit_norm), state
+        h = scaled_norm(jax.tree.map(lambda u, p: u * size(p).astype(u.dtype), g.unit, params))
+        tangent = jax.tree.map(
+            lambda u, p: u * (8 * size(p) * h.scale).astype(u.dtype), h.unit, params
+        )
+        dual_norm = bounded_product(h.divided(g.inverse_scale), jnp.asarray(8, dtype))
+        return Ascent(tangent, dual_norm, length=h.unit_norm * h.scale), state
 
     return Metric(_stateless, ascent)
 
@@ -270,7 +274,8 @@ def monge(base: Metric = euclidean(), alpha: chex.Numeric = 1.0) -> Metric:  # n
         base_ascent, state = base.ascent(grads, params, state)
         n = base_ascent.dual_norm
         u, r = lift_factors(n, jnp.asarray(alpha, n.dtype))  # r / u = sqrt(1 + alpha^2 n^2)
-        return base_ascent._replace(dual_norm=n * u / r, length=base_ascent.length * r / u), state
+        length = bounded_quotient(jnp.asarray(base_ascent.length, n.dtype) * r, u)
+        return base_ascent._replace(dual_norm=n * u / r, length=length), state
 
     return Metric(base.init, ascent, base.isotropic)
 
@@ -320,7 +325,7 @@ def pullback(
         if diagonal:
             slopes = times_jacobian(jax.tree.map(jnp.ones_like, params))
             h = scaled_norm(jax.tree.map(jnp.divide, g.unit, slopes))
-            dual_norm = h._replace(inverse_scale=g.inverse_scale * h.inverse_scale).norm
+            dual_norm = h.divided(g.inverse_scale)
             v = jax.tree.map(jnp.divide, h.unit, slopes)
             return Ascent(v, dual_norm, length=h.unit_norm), state
 

@@ -25,10 +25,17 @@ from monge_sam_jax._numerics import (
     widen,
     working_dtype,
 )
-from monge_sam_jax._surroundings import check_last, check_only_link, count_links, is_followed
+from monge_sam_jax._surroundings import (
+    LAST,
+    ONE_LINK,
+    check_last,
+    count_links,
+    is_followed,
+    surroundings,
+)
 from monge_sam_jax.diagnostics import Diagnostics, diagnose
 from monge_sam_jax.metrics import Grads, Metric, Params, State, monge
-from monge_sam_jax.perturbation import Mask, ascent_multiple, broadcast_mask, check_ball, select
+from monge_sam_jax.perturbation import Mask, ascent_multiple, check_ball, chosen_leaves, select
 from monge_sam_jax.transforms import SharpnessAwareState
 
 Direction: TypeAlias = Literal["gradient", "momentum"]
@@ -155,7 +162,7 @@ def one_pass_sam(
 
     def init(params: Params) -> OnePassState:
         params = as_arrays(params)
-        chosen = _chosen(mask, params)
+        chosen = chosen_leaves(mask, params)
         perturbed = select(chosen, params)
         check_params(perturbed)
         kept = layout(chosen, params)
@@ -184,11 +191,12 @@ def one_pass_sam(
         if params is None:
             raise ValueError("one_pass_sam needs the params: tx.update(grads, state, params)")
         check_state(state, OnePassState, "one_pass_sam")
-        check_only_link(_is_two_pass, most=0)
+        if any(count_links(_is_two_pass, x) for around in surroundings() for x in around.trees):
+            raise ValueError(ONE_LINK)
         check_last(_is_one_pass)
         params = as_arrays(params)
         check_params_and_gradient(_without_masked(params), _without_masked(grads))
-        chosen = _chosen(mask, params)
+        chosen = chosen_leaves(mask, params)
         kept = layout(chosen, params)
         _check_layout(kept, state.delta)
 
@@ -266,11 +274,9 @@ def unperturbed_params(opt_state: chex.ArrayTree, params: Params) -> Params:
     found = optax.tree.get_all_with_path(opt_state, OnePassState.__name__)
     if not found:
         raise ValueError("found no state of one_pass_sam in opt_state; did it make the optimizer?")
-    if is_followed(opt_state, _is_one_pass):
+    if is_followed(_is_one_pass, opt_state):
         raise ValueError(
-            "something comes after one_pass_sam in optax.chain and changes what it moves the "
-            "params by: put it inside, one_pass_sam(optax.chain(...)), or before. If the tuple in "
-            "opt_state is no chain's, give the state of one_pass_sam alone"
+            f"{LAST}. If the tuple in opt_state is no chain's, give the state of one_pass_sam alone"
         )
     for _, state in found:
         theta = _unperturbed(state, theta)
@@ -335,12 +341,6 @@ def _perturb(
     delta = tree_scale(multiple, scaled.unit) if metric.isotropic else tree_scale(k, tangent)
     diagnostics = diagnose(scaled.norm, ascent, k, rho)
     return _Perturbation(delta, multiple, scaled, metric_state, diagnostics)
-
-
-def _chosen(mask: Mask, params: Params) -> Any:
-    """A bool for every leaf: whether it is perturbed."""
-    # Optax looks for what is like the params in a state by init on a placeholder without leaves.
-    return broadcast_mask(True if mask is None or not jax.tree.leaves(params) else mask, params)
 
 
 def _check_layout(expected: Params, delta: Params) -> None:

@@ -1,5 +1,6 @@
 """The worst-case perturbation, and the gradient there: the core that all entry points share."""
 
+import inspect
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -9,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from monge_sam_jax._checks import (
+    broadcast_prefix,
     check_nonnegative,
     check_params_and_gradient,
     check_second_gradient,
 )
 from monge_sam_jax._collectives import average_varying, check_varying, make_varying
-from monge_sam_jax._numerics import scaled_norm, tree_scale, widen
+from monge_sam_jax._numerics import as_arrays, scaled_norm, tree_scale, widen
 from monge_sam_jax.diagnostics import (
     Diagnostics,
     MeasuredDiagnostics,
@@ -79,6 +81,7 @@ def worst_case_perturbation(
     """
     check_nonnegative("rho", rho)
     check_params_and_gradient(params, grads)
+    params, grads = as_arrays((params, grads))
     ascent, _ = metric.ascent(grads, params, metric.init(params))
     return tree_scale(ascent_multiple(ascent, rho), ascent.tangent)
 
@@ -117,6 +120,7 @@ def robust_gradient(
     for its share of the batch, and what is returned is averaged over the axis.
     """
     check_params_and_gradient(params, grads)
+    params, grads = as_arrays((params, grads))
     if axis_name is not None:
         check_varying(grads, axis_name, source="the gradient given to update")
         if sync_perturbation:
@@ -175,18 +179,38 @@ def broadcast_mask(mask: Mask, params: Params) -> Any:
     """A bool for every leaf of the params, or None where all of them are perturbed."""
     if mask is None:
         return None
-    tree = mask(params) if callable(mask) else mask
+    tree = _evaluate_mask(mask, params) if callable(mask) else mask
 
-    def fill(chosen: Any, subtree: Params) -> Any:
-        if not isinstance(chosen, (bool, np.bool_)):
-            raise TypeError(f"the leaves of mask must be bools, got {chosen!r}")
-        return jax.tree.map(lambda _: bool(chosen), subtree)
+    chosen = broadcast_prefix("mask must be a tree of bools", tree, params)
+    for leaf in jax.tree.leaves(chosen):
+        if not isinstance(leaf, (bool, np.bool_)):
+            raise TypeError(f"the leaves of mask must be bools, got {leaf!r}")
+    return jax.tree.map(bool, chosen)
 
+
+def _evaluate_mask(mask: Callable[..., Any], params: Params) -> Any:
     try:
-        return jax.tree.map(fill, tree, params)
-    except ValueError as error:
-        message = f"mask must be a tree of bools that is a prefix of the params: {error}"
-        raise ValueError(message) from error
+        inspect.signature(mask).bind(params)
+    except TypeError as error:
+        raise TypeError(
+            f"mask must be a function of the params that returns a tree of bools, but {error}. One "
+            "of path and leaf is mapped over them: "
+            "mask=lambda params: jax.tree.map_with_path(function, params)"
+        ) from None
+    except ValueError:  # some callables written in C have no signature
+        pass
+    return mask(params)
+
+
+def chosen_leaves(mask: Mask, params: Params) -> Any:
+    """A bool for every leaf of the params: whether it is perturbed."""
+    # Optax looks for what is like the params in a state by `init` on a placeholder without leaves.
+    return broadcast_mask(True if mask is None or not jax.tree.leaves(params) else mask, params)
+
+
+def init_metric(metric: Metric, mask: Mask, params: Params) -> State:
+    """A fresh state of the metric, for the leaves that are perturbed."""
+    return metric.init(select(chosen_leaves(mask, params), params))
 
 
 def select(chosen: Any, tree: Any) -> Any:

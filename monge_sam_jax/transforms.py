@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from monge_sam_jax._checks import bind_grad_fn
+from monge_sam_jax._checks import bind_grad_fn, check_state
+from monge_sam_jax._numerics import as_arrays
+from monge_sam_jax._surroundings import check_surroundings
 from monge_sam_jax.diagnostics import Diagnostics, MeasuredDiagnostics
 from monge_sam_jax.metrics import (
     Grads,
@@ -26,6 +28,7 @@ from monge_sam_jax.perturbation import (
     Mask,
     RobustGradient,
     check_ball,
+    init_metric,
     robust_gradient,
 )
 
@@ -130,16 +133,20 @@ def sharpness_aware(
     def init(params: Params) -> SharpnessAwareState:
         kind = MeasuredDiagnostics if measure else Diagnostics
         zeros = kind(*(jnp.zeros((), jnp.float32) for _ in kind._fields))
-        return SharpnessAwareState(jnp.zeros((), jnp.int32), metric.init(params), zeros)
+        metric_state = init_metric(metric, mask, as_arrays(params))
+        return SharpnessAwareState(jnp.zeros((), jnp.int32), metric_state, zeros)
 
     def update(
-        grads: Grads,
+        updates: Grads,
         state: SharpnessAwareState,
         params: Params | None = None,
         *,
         grad_fn: GradFn | None = None,
         **extra_args: Any,
     ) -> tuple[Grads, SharpnessAwareState]:
+        grads = updates
+        check_state(state, SharpnessAwareState, "sharpness_aware")
+        check_surroundings(lambda x: isinstance(x, SharpnessAwareState), params)
         given = builder_grad_fn if grad_fn is None else grad_fn
         second_grad_fn = bind_grad_fn(given, params, extra_args)
 
