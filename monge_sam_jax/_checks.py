@@ -1,10 +1,11 @@
 """What is wrong with an argument, said in terms of what to write instead."""
 
+import difflib
 import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import jax
@@ -85,9 +86,12 @@ def _check_arrays(params: PyTree) -> None:
 def check_state(state: Any, kind: type, builder: str) -> None:
     """Raises TypeError unless `state` is the state of this transformation."""
     if not isinstance(state, kind):
+        name = type(state).__name__
+        if isinstance(state, tuple):
+            name += f" of {', '.join(type(link).__name__ for link in state)}"
         raise TypeError(
-            f"{builder} was given a {type(state).__name__} in place of its state: make that by "
-            "tx.init(params), with the same tx, and restore a checkpoint into the form of it"
+            f"{builder} was given a {name} in place of its state: make that by tx.init(params), "
+            "with the same tx, and restore a checkpoint into the form of it"
         )
 
 
@@ -180,6 +184,16 @@ def _at(path: tuple[Any, ...]) -> str:
     return f"at params{jax.tree_util.keystr(path)}"
 
 
+CAUSES = (
+    "flax.training's TrainState.apply_gradients (monge_sam_jax.linen has one that passes grad_fn "
+    "on), optax.MultiSteps(...).gradient_transformation() and optax.lookahead around the "
+    "transformation are the usual causes: call tx.update(grads, state, params, grad_fn=...) "
+    "yourself, with the transformation first in the chain"
+)
+OF_PARAMS_ALONE = "tx.update(grads, state, params, grad_fn=lambda params: grad_fn(params, ...))"
+RESERVED = ("updates", "state", "params", "grad_fn")  # what `update` itself takes by name
+
+
 def bind_grad_fn(
     grad_fn: Callable[..., PyTree] | None, params: PyTree, extra: Mapping[str, Any]
 ) -> Callable[[PyTree], PyTree]:
@@ -188,42 +202,78 @@ def bind_grad_fn(
     It is given those of the extra arguments that its signature accepts by name.
 
     Raises:
-      ValueError: params or grad_fn are missing, or an argument that its signature requires is.
+      ValueError: params or grad_fn are missing, or an argument that its signature requires is, or
+        an optional one seems to be misspelt.
     """
-    causes = (
-        "flax.training's TrainState.apply_gradients (monge_sam_jax.linen has one that passes "
-        "grad_fn on), optax.MultiSteps(...).gradient_transformation() and optax.lookahead around "
-        "the transformation are the usual causes: call tx.update(grads, state, params, "
-        "grad_fn=...) yourself, with the transformation first in the chain"
-    )
     if params is None:
         raise ValueError(
             "a sharpness-aware transformation needs the params: tx.update(grads, state, params). "
-            + causes
+            + CAUSES
         )
     if grad_fn is None:
         raise ValueError(
             "a sharpness-aware transformation needs a gradient function: give one when building "
-            "it, monge_sam(jax.grad(loss_fn)), or to tx.update(..., grad_fn=...). " + causes
+            "it, monge_sam(jax.grad(loss_fn)), or to tx.update(..., grad_fn=...). " + CAUSES
         )
     try:
-        parameters = list(inspect.signature(grad_fn).parameters.values())[1:]
+        parameters = list(inspect.signature(grad_fn).parameters.values())
     except ValueError:  # some callables written in C have no signature
         return functools.partial(grad_fn, **extra)
+    if parameters and parameters[0].kind is not inspect.Parameter.VAR_KEYWORD:
+        parameters = parameters[1:]  # the params
     by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     accepts_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     accepted = {name: x for name, x in extra.items() if accepts_all or name in by_name}
     missing = [
-        p.name
+        p
         for p in parameters
         if p.default is p.empty
         and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         and p.name not in accepted
     ]
     if missing:
-        raise ValueError(
-            f"grad_fn needs {', '.join(missing)}, which update did not get: pass it by name, "
-            f"tx.update(grads, state, params, {missing[0]}=...), or give update a grad_fn= of the "
-            f"params alone. {causes}"
-        )
+        raise ValueError(_advice(missing))
+    if not accepts_all:
+        _check_spelling(by_name - accepted.keys(), extra.keys() - accepted.keys())
     return functools.partial(grad_fn, **accepted)
+
+
+def _advice(missing: list[inspect.Parameter]) -> str:
+    names = ", ".join(p.name for p in missing)
+    needs = f"grad_fn needs {names}, which update did not get"
+    reserved = [p.name for p in missing if p.name in RESERVED]
+    if "params" in reserved:
+        return (
+            f"{needs}, as its first argument has to be the params, whatever argnums is: give one "
+            "that takes them first, jax.grad(lambda params, ...: loss_fn(..., params))"
+        )
+    if reserved:
+        return (
+            f"{needs}, as update has an argument {reserved[0]} of its own: call it otherwise in "
+            f"the loss, or fill it in, {OF_PARAMS_ALONE}"
+        )
+    if any(p.kind is p.POSITIONAL_ONLY for p in missing):
+        return f"{needs}, as it takes them by position only: fill them in, {OF_PARAMS_ALONE}"
+    return (
+        f"{needs}: pass it by name, tx.update(grads, state, params, {missing[0].name}=...), or "
+        "give update a grad_fn= of the params alone. Its first argument has to be the params; a "
+        "second one of optax.contrib.sam's, the number of the step, is to be filled in, "
+        f"lambda params: grad_fn(params, 0). {CAUSES}"
+    )
+
+
+# What the transformations of Optax take from `update` by name.
+OF_OPTAX = ("value", "grad", "value_fn", "grads", "loss", "key", "obj_fn", "hessian", "lr")
+
+
+def _check_spelling(not_given: Set[str], not_taken: Set[str]) -> None:
+    """Raises ValueError if an argument of `update` looks like one of grad_fn's, misspelt."""
+    for name in sorted(not_taken - set(OF_OPTAX)):
+        close = difflib.get_close_matches(name, sorted(not_given), n=1, cutoff=0.75)
+        if close:
+            raise ValueError(
+                f"update got {name}, which grad_fn does not take, and not its {close[0]}, for "
+                f"which the default would be used: is it misspelt? If it is meant for another "
+                f"transformation, fill in {close[0]} too: "
+                f"tx.update(..., {close[0]}=..., {name}=...)"
+            )

@@ -76,12 +76,12 @@ def euclidean_norm(tree: PyTree, dtype: jnp.dtype) -> jax.Array:
 
 
 def bounded_quotient(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x / y for x >= 0 and y > 0; one beyond the dtype's range is its largest number."""
+    """The quotient of x >= 0 by y > 0; one beyond the dtype's range is its largest number."""
     return jnp.minimum(x, jnp.finfo(x.dtype).max * jnp.minimum(y, 1.0)) / y
 
 
 def bounded_product(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x y for x, y >= 0; one beyond the dtype's range is its largest number."""
+    """The product of x, y >= 0; one beyond the dtype's range is its largest number."""
     return jnp.minimum(x, jnp.finfo(x.dtype).max / jnp.maximum(y, 1.0)) * y
 
 

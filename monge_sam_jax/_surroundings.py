@@ -9,6 +9,7 @@ state. Nothing is kept between updates; under `jax.jit` this runs while tracing.
 import collections
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -69,7 +70,7 @@ class Surrounding(NamedTuple):
 
 def surroundings() -> Iterator[Surrounding]:
     """The functions of Optax that the caller was called by, the innermost first."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         package = frame.f_globals.get("__name__", "").partition(".")[0]
         if package not in THROUGH:
@@ -83,7 +84,7 @@ def surroundings() -> Iterator[Surrounding]:
 
 
 def check_surroundings(is_link: Callable[[Any], bool], params: Any) -> None:
-    """Raises ValueError if the optimizer around the caller, a link of that kind, cannot be right."""
+    """Raises ValueError if the optimizer around the caller, such a link, cannot be right."""
     for around in surroundings():
         fits = around.builder not in WRAPPERS
         if around.builder == "MultiSteps":

@@ -5,6 +5,7 @@ gradient is needed: the params in the training loop are the perturbed ones,
 :math:`y_t = \theta_t + \delta_t`, and an ordinary gradient is the one that is wanted.
 """
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from monge_sam_jax._checks import check_params, check_params_and_gradient, check_state
+from monge_sam_jax._injection import InjectableSignature, unfixed
 from monge_sam_jax._momentum import FromMomentum, find_momentum, is_from_momentum, is_marker
 from monge_sam_jax._numerics import (
     ScaledNorm,
@@ -143,6 +145,7 @@ def one_pass_sam(
     """
     if not isinstance(base_optimizer, optax.GradientTransformation):
         raise TypeError(f"base_optimizer must be an Optax optimizer, got {base_optimizer!r}")
+    mask = unfixed(mask)
     check_ball(metric, rho, schedule_allowed=True)
     if direction not in get_args(Direction):
         raise ValueError(f"direction must be 'gradient' or 'momentum', got {direction!r}")
@@ -244,6 +247,11 @@ def one_pass_sam(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+one_pass_sam.__signature__ = InjectableSignature(  # type: ignore[attr-defined]
+    list(inspect.signature(one_pass_sam).parameters.values())
+)
+
+
 def unperturbed_params(opt_state: chex.ArrayTree, params: Params) -> Params:
     r"""The params :math:`\theta` that `one_pass_sam` trains: evaluate and save these.
 
@@ -291,15 +299,15 @@ def _unperturbed(state: OnePassState, params: Params) -> Params:
 
 def _held(state: OnePassState, params: Params) -> Params:
     """The perturbation that the params hold; `optax.MaskedNode` where none is."""
-    from_momentum = state.delta
-    if any(map(is_from_momentum, jax.tree.leaves(state.delta, is_leaf=is_marker))):
-        momentum = find_momentum(state.base_state, state.delta, params)
-        from_momentum = tree_scale(state.multiple, tree_scale(state.inverse_scale, momentum))
-    return _map_kept(lambda kept, h: h if is_from_momentum(kept) else kept, state.delta, from_momentum)
+    if not any(map(is_from_momentum, jax.tree.leaves(state.delta, is_leaf=is_marker))):
+        return state.delta
+    momentum = find_momentum(state.base_state, state.delta, params)
+    delta = tree_scale(state.multiple, tree_scale(state.inverse_scale, momentum))
+    return _map_kept(lambda kept, d: d if is_from_momentum(kept) else kept, state.delta, delta)
 
 
 def _subtract(params: Params, delta: Params) -> Params:
-    """params - delta, in the dtypes of the params."""
+    """What is left of the params without delta, in the dtypes of the params."""
     return _map_kept(
         lambda d, p: p if is_marker(d) else (widen(p, d.dtype) - d).astype(p.dtype), delta, params
     )

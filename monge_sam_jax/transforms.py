@@ -7,9 +7,11 @@ from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from monge_sam_jax._checks import bind_grad_fn, check_state
+from monge_sam_jax._injection import InjectableSignature, unfixed
 from monge_sam_jax._numerics import as_arrays
 from monge_sam_jax._surroundings import check_surroundings
 from monge_sam_jax.diagnostics import Diagnostics, MeasuredDiagnostics
@@ -124,8 +126,13 @@ def sharpness_aware(
     >>> updates
     Array([-0.001, -0.001], dtype=float32)
     """
+    grad_fn, mask = unfixed(grad_fn), unfixed(mask)
     if grad_fn is not None and not callable(grad_fn):
-        raise TypeError(f"grad_fn must be a function of the params, got {grad_fn!r}")
+        raise TypeError(
+            f"grad_fn must be a function of the params, got {grad_fn!r}. {NOT_A_SCHEDULE}"
+        )
+    if mask is not None and not callable(mask) and jax.tree_util.all_leaves([mask]):
+        _check_one_bool(mask)
     check_ball(metric, rho, schedule_allowed=True)
     _check_period(period)
     builder_grad_fn = grad_fn
@@ -179,6 +186,22 @@ def sharpness_aware(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+NOT_A_SCHEDULE = (
+    "optax.inject_hyperparams takes every function for a schedule of the count: tell it which are "
+    'none, optax.inject_hyperparams(monge_sam, static_args=("grad_fn", "mask"))(...)'
+)
+
+
+def _check_one_bool(mask: Any) -> None:
+    """Raises unless a mask that is one leaf is True."""
+    if isinstance(mask, (bool, np.bool_)) and mask:
+        return
+    raise ValueError(
+        f"mask={mask!r} leaves nothing to perturb; it must be a tree of bools, or a function of "
+        f"the params that returns one. {NOT_A_SCHEDULE}"
+    )
+
+
 def _check_period(period: Any) -> None:
     if isinstance(period, jax.core.Tracer):
         return
@@ -186,6 +209,11 @@ def _check_period(period: Any) -> None:
         raise TypeError(f"period must be an integer, got {period!r}")
     if period < 1:
         raise ValueError(f"period must be at least one, got {period!r}")
+
+
+sharpness_aware.__signature__ = InjectableSignature(  # type: ignore[attr-defined]
+    list(inspect.signature(sharpness_aware).parameters.values())
+)
 
 
 class Options(TypedDict, total=False):
@@ -208,7 +236,7 @@ def _spell_out_options(builder: Builder) -> Builder:
     all_options = inspect.signature(sharpness_aware).parameters
     parameters = [p for p in own if p.kind is not p.VAR_KEYWORD]
     parameters += [all_options[name] for name in Options.__annotations__]
-    builder.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    builder.__signature__ = InjectableSignature(parameters)  # type: ignore[attr-defined]
     return builder
 
 

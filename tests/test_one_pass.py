@@ -358,7 +358,8 @@ def test_theta_is_that_of_the_base_optimizer_in_a_compiled_step():
     p, g = jnp.asarray(rng.normal(size=(2, 10_000)), jnp.float32)
     base = optax.sgd(0.3)
     (y, state), (expected, _) = (
-        compiled(tx)(p, tx.init(p), g) for tx in (one_pass_sam(base, metric=ms.euclidean(), rho=50.0), base)
+        compiled(tx)(p, tx.init(p), g)
+        for tx in (one_pass_sam(base, metric=ms.euclidean(), rho=50.0), base)
     )
     theta, delta = unperturbed_params(state, y), np.abs(state.delta)
     larger = np.abs(expected) >= delta

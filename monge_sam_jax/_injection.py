@@ -1,0 +1,34 @@
+"""Options that are functions, kept from `optax.inject_hyperparams`.
+
+That takes every function among the arguments of a builder for a schedule of the count, unless it is
+told which are none. Its only look at a builder is the signature, so what the signature binds is
+made to look like no function.
+"""
+
+import inspect
+from typing import Any, NamedTuple
+
+FUNCTIONS = ("grad_fn", "mask")
+
+
+class Fixed(NamedTuple):
+    """A function that is no schedule."""
+
+    function: Any
+
+
+class InjectableSignature(inspect.Signature):
+    """A signature that binds functions which are no schedules as `Fixed`."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        """As `inspect.Signature.bind`."""
+        bound = super().bind(*args, **kwargs)
+        for name in FUNCTIONS:
+            if callable(bound.arguments.get(name)):
+                bound.arguments[name] = Fixed(bound.arguments[name])
+        return bound
+
+
+def unfixed(option: Any) -> Any:
+    """The option as it was given."""
+    return option.function if isinstance(option, Fixed) else option
