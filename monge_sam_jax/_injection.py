@@ -6,9 +6,15 @@ made to look like no function.
 """
 
 import inspect
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
+Builder = TypeVar("Builder", bound=Callable[..., Any])
 FUNCTIONS = ("grad_fn", "mask")
+NOT_A_SCHEDULE = (
+    "optax.inject_hyperparams takes every function for a schedule of the count: tell it which are "
+    'none, optax.inject_hyperparams(monge_sam, static_args=("grad_fn", "mask"))(...)'
+)
 
 
 class Fixed(NamedTuple):
@@ -27,6 +33,15 @@ class InjectableSignature(inspect.Signature):
             if callable(bound.arguments.get(name)):
                 bound.arguments[name] = Fixed(bound.arguments[name])
         return bound
+
+
+def injectable(builder: Builder) -> Builder:
+    """`builder` with functions among its options that are no schedules."""
+    signature = inspect.signature(builder)
+    builder.__signature__ = InjectableSignature(  # type: ignore[attr-defined]
+        list(signature.parameters.values()), return_annotation=signature.return_annotation
+    )
+    return builder
 
 
 def unfixed(option: Any) -> Any:

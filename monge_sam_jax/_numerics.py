@@ -20,6 +20,14 @@ def as_arrays(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(x) if is_number(x) else x, tree)
 
 
+def rounded(x: jax.Array) -> jax.Array:
+    """`x`, in its own precision also where XLA would go on in float32 with one of 16 bits."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating) or jnp.finfo(x.dtype).bits >= 32:
+        return x
+    info = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant)
+
+
 def working_dtype(tree: PyTree) -> jnp.dtype:
     """Real dtype, float32 or wider, in which scalars over `tree` are computed."""
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(tree)]

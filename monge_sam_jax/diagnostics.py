@@ -89,8 +89,10 @@ def get_diagnostics(opt_state: chex.ArrayTree) -> Diagnostics | MeasuredDiagnost
     found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_diagnostics) if is_diagnostics(x)]
     if len(found) != 1:
         raise ValueError(
-            f"expected one sharpness-aware state in the optimizer's state, found {len(found)}; it "
-            "is there if sam, monge_sam or the like is in the chain that made the state"
+            f"expected one sharpness-aware state in the optimizer's state, found {len(found)}: "
+            "there is one if sam, monge_sam or the like is in the chain that made the state. Of "
+            "several optimizers give the state of one; in one optimizer a second transformation "
+            "is a mistake, see monge_sam_jax.grouped"
         )
     return found[0]
 

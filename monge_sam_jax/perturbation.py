@@ -16,6 +16,7 @@ from monge_sam_jax._checks import (
     check_second_gradient,
 )
 from monge_sam_jax._collectives import average_varying, check_varying, make_varying
+from monge_sam_jax._injection import NOT_A_SCHEDULE
 from monge_sam_jax._numerics import as_arrays, scaled_norm, tree_scale, widen
 from monge_sam_jax.diagnostics import (
     Diagnostics,
@@ -43,6 +44,17 @@ def check_ball(metric: Any, rho: Any, *, schedule_allowed: bool) -> None:
         check_nonnegative("rho", rho)
     elif not schedule_allowed:
         raise TypeError("rho must be a number; a schedule needs the count of sharpness_aware")
+
+
+def check_mask(mask: Mask) -> None:
+    """Raises ValueError if the mask is a single leaf that chooses nothing."""
+    if mask is None or callable(mask) or not jax.tree_util.all_leaves([mask]):
+        return
+    if not (isinstance(mask, (bool, np.bool_)) and mask):
+        raise ValueError(
+            f"mask={mask!r} leaves nothing to perturb: it must be a tree of bools, or a function "
+            f"of the params that returns one. {NOT_A_SCHEDULE}"
+        )
 
 
 def worst_case_perturbation(

@@ -2,16 +2,15 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from monge_sam_jax._checks import bind_grad_fn, check_state
-from monge_sam_jax._injection import InjectableSignature, unfixed
+from monge_sam_jax._injection import NOT_A_SCHEDULE, Builder, injectable, unfixed
 from monge_sam_jax._numerics import as_arrays
 from monge_sam_jax._surroundings import check_surroundings
 from monge_sam_jax.diagnostics import Diagnostics, MeasuredDiagnostics
@@ -30,6 +29,7 @@ from monge_sam_jax.perturbation import (
     Mask,
     RobustGradient,
     check_ball,
+    check_mask,
     init_metric,
     robust_gradient,
 )
@@ -51,6 +51,7 @@ class SharpnessAwareState(NamedTuple):
     diagnostics: Diagnostics | MeasuredDiagnostics
 
 
+@injectable
 def sharpness_aware(
     grad_fn: GradFn | None = None,
     *,
@@ -72,7 +73,8 @@ def sharpness_aware(
 
     Place it first in `optax.chain`: what comes after sees an ordinary gradient at the ordinary
     params. Each update calls `grad_fn` once. The gradient given to `update` and `grad_fn` must
-    share batch, reduction, random numbers, loss scale and synchronisation.
+    share batch, reduction, random numbers, loss scale and synchronisation. An optimizer holds one
+    sharpness-aware transformation; a radius for each group of leaves is its metric's (`grouped`).
 
     `update(grads, state, params, *, grad_fn=None, **extra_args)` returns the new gradient, of the
     structure, shapes and dtypes of `grads`, and the new state. Complex gradients follow Optax's
@@ -81,8 +83,10 @@ def sharpness_aware(
 
     Args:
       grad_fn: params -> gradient of the loss, such as `jax.grad(loss_fn)`. Beside the params it is
-        given those extra arguments of `update` that its signature accepts by name. A `grad_fn`
-        given to `update` takes its place.
+        given those extra arguments of `update` that its signature accepts by name; one that it does
+        not take, but that is spelt much like an optional one, is an error. Give what the second
+        gradient must have no default, so that it cannot be missed. A `grad_fn` given to `update`
+        takes the place of this one.
       metric: the metric G.
       rho: radius of the ball in the metric's units: a scalar, or a schedule of the number of
         updates. Traced values and schedules are not checked.
@@ -108,7 +112,8 @@ def sharpness_aware(
     Raises:
       TypeError: an argument is of the wrong type; at an update, a gradient is float0 or integer.
       ValueError: rho is negative, NaN or infinite, or period less than one; at an update, params,
-        gradient function or an argument of it is missing, or gradients do not fit the params.
+        gradient function or an argument of it is missing, gradients do not fit the params, or the
+        optimizer around it perturbs twice or accumulates the first gradient alone.
 
     References:
       Jacobsen and Arvanitidis, Monge SAM, eqs. 5, 8 and 9.
@@ -131,8 +136,7 @@ def sharpness_aware(
         raise TypeError(
             f"grad_fn must be a function of the params, got {grad_fn!r}. {NOT_A_SCHEDULE}"
         )
-    if mask is not None and not callable(mask) and jax.tree_util.all_leaves([mask]):
-        _check_one_bool(mask)
+    check_mask(mask)
     check_ball(metric, rho, schedule_allowed=True)
     _check_period(period)
     builder_grad_fn = grad_fn
@@ -186,22 +190,6 @@ def sharpness_aware(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-NOT_A_SCHEDULE = (
-    "optax.inject_hyperparams takes every function for a schedule of the count: tell it which are "
-    'none, optax.inject_hyperparams(monge_sam, static_args=("grad_fn", "mask"))(...)'
-)
-
-
-def _check_one_bool(mask: Any) -> None:
-    """Raises unless a mask that is one leaf is True."""
-    if isinstance(mask, (bool, np.bool_)) and mask:
-        return
-    raise ValueError(
-        f"mask={mask!r} leaves nothing to perturb; it must be a tree of bools, or a function of "
-        f"the params that returns one. {NOT_A_SCHEDULE}"
-    )
-
-
 def _check_period(period: Any) -> None:
     if isinstance(period, jax.core.Tracer):
         return
@@ -209,11 +197,6 @@ def _check_period(period: Any) -> None:
         raise TypeError(f"period must be an integer, got {period!r}")
     if period < 1:
         raise ValueError(f"period must be at least one, got {period!r}")
-
-
-sharpness_aware.__signature__ = InjectableSignature(  # type: ignore[attr-defined]
-    list(inspect.signature(sharpness_aware).parameters.values())
-)
 
 
 class Options(TypedDict, total=False):
@@ -227,17 +210,14 @@ class Options(TypedDict, total=False):
     widen_params: bool
 
 
-Builder = TypeVar("Builder", bound=Callable[..., Any])
-
-
 def _spell_out_options(builder: Builder) -> Builder:
     """Gives `**options` its names, for `help` and for `optax.inject_hyperparams`."""
     own = inspect.signature(builder).parameters.values()
     all_options = inspect.signature(sharpness_aware).parameters
     parameters = [p for p in own if p.kind is not p.VAR_KEYWORD]
     parameters += [all_options[name] for name in Options.__annotations__]
-    builder.__signature__ = InjectableSignature(parameters)  # type: ignore[attr-defined]
-    return builder
+    builder.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return injectable(builder)
 
 
 @_spell_out_options

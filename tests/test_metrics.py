@@ -1,5 +1,6 @@
 """The metrics against dense linear algebra, as laws, and at the ends of the number range."""
 
+import itertools
 from decimal import Decimal, getcontext
 
 import chex
@@ -241,3 +242,46 @@ def test_a_radius_that_is_no_number(argument, value):
 def test_a_base_that_is_no_metric():
     with pytest.raises(TypeError, match="base must be a Metric"):
         ms.monge(ms.euclidean)
+
+
+# --- range ---
+
+SIZES = [1e-36, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e36]
+LARGEST = float(jnp.finfo(jnp.float32).max)
+
+
+@pytest.mark.parametrize("name", ["euclidean", "adaptive", "fisher"])
+@pytest.mark.parametrize("lifted", [False, True])
+def test_lengths_over_the_range_of_float32(name, lifted):
+    """Of gradients and params, against float64; what is out of range is its largest number."""
+    metric, weights = {
+        "euclidean": (ms.euclidean(), lambda p, g: np.ones_like(p)),
+        "adaptive": (ms.adaptive(0.0), lambda p, g: p**2),
+        "fisher": (ms.diagonal_fisher(), lambda p, g: 1 / (1 + g**2)),
+    }[name]
+    metric = ms.monge(metric) if lifted else metric
+    update = jax.jit(
+        lambda p, g: (tx := ms.sharpness_aware(lambda q: q - p, metric=metric, rho=0.1)).update(
+            g, tx.init(p), p
+        )
+    )
+    entries = np.array([0.6, -0.3, 0.2], np.float32)
+    for g_size, p_size in itertools.product(SIZES, SIZES):
+        g, p = entries * np.float32(g_size), entries[::-1] * np.float32(p_size)
+        g64, p64 = g.astype(float), p.astype(float)
+        v = weights(p64, g64) * g64
+        n = np.sqrt(g64 @ v)
+        if lifted and n > LARGEST:
+            continue  # n itself is out of range
+        length = np.linalg.norm(0.1 * v / n) / (np.hypot(1, n) if lifted else 1)
+        dual_norm = n / np.hypot(1, n) if lifted else n
+        _, state = update(jnp.asarray(p), jnp.asarray(g))
+        delta = ms.worst_case_perturbation(metric, jnp.asarray(g), jnp.asarray(p), 0.1)
+        seen = [np.linalg.norm(np.asarray(delta, float)), state.diagnostics.dual_norm]
+        for actual, expected in zip(seen, (length, dual_norm), strict=True):
+            if expected > 1e-35:
+                assert float(actual) == pytest.approx(min(expected, LARGEST), rel=2e-6)
+        if name != "fisher" and length > 1e-35:
+            seen = float(state.diagnostics.perturbation_norm)
+            assert seen == pytest.approx(length, rel=2e-6)
+        assert np.all(np.isfinite(jax.tree.leaves(state)))
