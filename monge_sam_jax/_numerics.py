@@ -5,6 +5,7 @@ float32 gradients of 1e-30. The norms here are accumulated in float32 or wider, 
 to order one first.
 """
 
+import functools
 import numbers
 from typing import Any, NamedTuple
 
@@ -57,17 +58,36 @@ def tree_scale(scalar: jax.Array, tree: PyTree) -> PyTree:
 def inner_product(a: PyTree, b: PyTree, dtype: jnp.dtype) -> jax.Array:
     """Re <a, b>, accumulated in `dtype`."""
 
-    def leaf_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    def products(x: jax.Array, y: jax.Array) -> jax.Array:
         x, y = widen(x, dtype), widen(y, dtype)
-        if jnp.iscomplexobj(x):
-            return jnp.sum(x.real * y.real + x.imag * y.imag)
-        return jnp.sum(x * y)
+        return x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
 
-    return _pairwise_sum(jax.tree.leaves(jax.tree.map(leaf_product, a, b)), dtype)
+    pairs = list(zip(*(jax.tree.leaves(tree) for tree in (a, b)), strict=True))
+    terms = [
+        jnp.sum(_pairwise_sum([products(x, y) for x, y in alike], dtype))
+        for alike in _by_shape(pairs)
+    ]
+    return _pairwise_sum(terms, dtype)
+
+
+# An H100 reads so much in the 5 microseconds that launching a kernel takes, so that smaller leaves
+# are bound by launches. Larger ones stay by themselves: alike in shape, they may be sharded along
+# different axes, and would be moved to be added.
+LAUNCH_BYTES = 2**24
+
+
+def _by_shape(items: list[tuple[jax.Array, ...]]) -> list[list[tuple[jax.Array, ...]]]:
+    """Tuples of leaves in groups of one type each, to be reduced together: one kernel, not many."""
+    groups: dict[Any, list[tuple[jax.Array, ...]]] = {}
+    for i, leaves in enumerate(items):
+        is_small = all(leaf.size * leaf.dtype.itemsize <= LAUNCH_BYTES for leaf in leaves)
+        kind = tuple(jax.typeof(leaf) for leaf in leaves) if is_small else i
+        groups.setdefault(kind, []).append(leaves)
+    return list(groups.values())
 
 
 def _pairwise_sum(terms: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
-    """Sum of scalars in a balanced tree: in a row, 300 equal ones are off by 2e-6 in float32."""
+    """Sum of arrays in a balanced tree: in a row, 300 equal ones are off by 2e-6 in float32."""
     while len(terms) > 1:
         pairs = [x + y for x, y in zip(terms[::2], terms[1::2], strict=False)]
         terms = pairs + terms[len(pairs) * 2 :]
@@ -122,6 +142,10 @@ class ScaledNorm(NamedTuple):
         return bounded_quotient(self.norm, jnp.where(divisor != 0, divisor, 1.0))
 
 
+def _largest_part(x: jax.Array) -> jax.Array:
+    return jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)) if jnp.iscomplexobj(x) else jnp.abs(x)
+
+
 def scaled_norm(tree: PyTree) -> ScaledNorm:
     """Euclidean norm of `tree` that neither overflows nor underflows.
 
@@ -137,11 +161,11 @@ def scaled_norm(tree: PyTree) -> ScaledNorm:
     tree = jax.tree.map(lambda leaf: widen(leaf, dtype), tree)
 
     # The scale cancels in every result, so it is a constant to differentiation.
+    leaves = jax.tree.leaves(jax.lax.stop_gradient(tree))
     largest = jnp.zeros((), dtype)
-    for leaf in jax.tree.leaves(jax.lax.stop_gradient(tree)):
-        parts = (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,)
-        for part in parts:
-            largest = jnp.maximum(largest, jnp.max(jnp.abs(part), initial=0.0))
+    for alike in _by_shape([(leaf,) for leaf in leaves]):
+        sizes = [_largest_part(leaf) for (leaf,) in alike]
+        largest = jnp.maximum(largest, jnp.max(functools.reduce(jnp.maximum, sizes), initial=0.0))
     power_of_two = jax.lax.reduce_precision(
         jnp.clip(largest, smallest, 1 / smallest),
         exponent_bits=jnp.finfo(dtype).nexp,
