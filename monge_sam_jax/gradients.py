@@ -72,7 +72,8 @@ def sharpness_aware_value_and_grad(
     Raises:
       TypeError: metric is no `Metric`, rho no real number, or loss_fn no function.
       ValueError: rho is negative, NaN or infinite, or ascent_batch_fraction not in (0, 1]; at a
-        call, an array has no batch_axis.
+        call, an array has no batch_axis, differs in length from another along it, or looks like a
+        random key.
 
     References:
       Jacobsen and Arvanitidis, Monge SAM, eqs. 5, 8 and 9.
@@ -96,7 +97,7 @@ def sharpness_aware_value_and_grad(
         positions = {i % len(args) for i in differentiated}
         others = [i for i in range(len(args)) if i not in positions]
         parts, named = part_of_batch(
-            ascent_batch_fraction, batch_axis, [args[i] for i in others], kwargs
+            ascent_batch_fraction, "batch_axis", batch_axis, [args[i] for i in others], kwargs
         )
         return differentiate(*_replace(args, others, parts), **named)
 
