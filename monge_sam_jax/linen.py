@@ -261,7 +261,8 @@ def _value_fn(
 
     def value_fn(params: Params) -> jax.Array:
         # What differentiates may cut the batch and its keys, so it runs here too, for nothing.
-        at_params = lambda _, *inputs: total_loss(_vary(params, axis_name), *inputs)  # noqa: E731
+        here = _vary(_with_mean_derivative(params, axis_name), axis_name)
+        at_params = lambda _, *inputs: total_loss(here, *inputs)  # noqa: E731
         (loss, _), _ = differentiate(at_params, has_aux=True)(jnp.zeros(()), *inputs)
         return _mean(loss, axis_name)
 
@@ -307,6 +308,15 @@ def _vary(params: Params, axis_name: AxisName | None) -> Params:
 
 def _mean(tree: PyTree, axis_name: AxisName | None) -> PyTree:
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def _with_mean_derivative(params: Params, axis_name: AxisName | None) -> Params:
+    """The params; under `jax.pmap` a mean loss has the derivative of the device's own otherwise."""
+    if axis_name is None:
+        return params
+    identity = jax.custom_jvp(lambda params: params)
+    identity.defjvp(lambda primals, tangents: (primals[0], jax.lax.pmean(tangents[0], axis_name)))
+    return identity(params)
 
 
 def _skip_unless_finite(

@@ -850,6 +850,45 @@ def test_two_devices_equal_one(mode):
     assert state.dynamic_scale.fin_steps == 3
 
 
+def by_shard_map(step, state, batch, check_vma):
+    mesh = Mesh(np.array(jax.local_devices(backend="cpu")[:2]), ("data",))
+    specs = {"in_specs": (P(), P("data")), "out_specs": P()}
+    return jax.shard_map(step, mesh=mesh, check_vma=check_vma, **specs)(state, batch)
+
+
+def by_vmap(step, state, batch):
+    halves = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
+    return jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name="data")(state, halves)
+
+
+@pytest.mark.parametrize(
+    "by_devices",
+    [
+        functools.partial(by_shard_map, check_vma=True),
+        functools.partial(by_shard_map, check_vma=False),
+        by_vmap,
+    ],
+    ids=["shard_map", "shard_map unchecked", "vmap"],
+)
+def test_the_function_that_is_searched_is_of_the_whole_batch(by_devices):
+    """Its value, its derivatives in both directions, and the gradient that goes with it."""
+
+    def update(updates, state, params=None, *, value, grad, value_fn, grad_fn):
+        tangent = jax.tree.map(jnp.ones_like, params)
+        _, slope = jax.jvp(value_fn, (params,), (tangent,))
+        return jax.grad(value_fn)(params), (value, value_fn(params), slope, grad)
+
+    seen = (0.0, 0.0, 0.0, example_params())
+    tx = optax.GradientTransformationExtraArgs(lambda params: seen, update)
+    state = TrainState.create(apply_fn=None, params=example_params(), tx=tx)
+    step = make_train_step(simple(network_loss), axis_name="data")
+    new = by_devices(lambda *args: step(*args)[0], state, example_batch(16))
+    value, grads = jax.value_and_grad(network_loss)(state.params, example_batch(16))
+    slope = sum(jnp.sum(g) for g in jax.tree.leaves(grads))
+    expected = (jax.tree.map(jnp.add, state.params, grads), (value, value, slope, grads))
+    chex.assert_trees_all_close((new.params, new.opt_state), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_each_device_its_own_mask_and_perturbation():
     """m-sharpness by hand; loss and statistics are means, metrics are not."""
     step = make_train_step(
