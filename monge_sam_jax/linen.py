@@ -104,7 +104,8 @@ def make_train_step(
     Raises:
       TypeError: an argument is of the wrong type, or there are options without a metric.
       ValueError: rho is negative, NaN or infinite; at a step, loss_fn returns something else or a
-        collection that the state lacks, or the state's transformation perturbs beside the metric.
+        collection that the state lacks, or the state's transformation perturbs beside the metric
+        or twice.
 
     >>> import jax, optax
     >>> import jax.numpy as jnp
