@@ -232,10 +232,32 @@ def bind_grad_fn(
         and p.name not in accepted
     ]
     if missing:
-        raise ValueError(_advice(missing))
+        raise ValueError(OF_NNX if _is_of_nnx(grad_fn) else _advice(missing))
     if not accepts_all:
         _check_spelling(by_name - accepted.keys(), extra.keys() - accepted.keys())
-    return functools.partial(grad_fn, **accepted)
+    bound = functools.partial(grad_fn, **accepted)
+    return functools.partial(_call_noting, bound, OF_NNX) if _is_of_nnx(grad_fn) else bound
+
+
+OF_NNX = (
+    "grad_fn is a gradient that flax.nnx took: one of a model cannot be evaluated at given params. "
+    "Use monge_sam_jax.nnx.grad_fn(loss_fn, model, batch), made before the first gradient is taken"
+)
+
+
+def _is_of_nnx(grad_fn: Any) -> bool:
+    while isinstance(grad_fn, functools.partial):
+        grad_fn = grad_fn.func
+    return str(getattr(grad_fn, "__module__", None)).startswith("flax.nnx.")
+
+
+def _call_noting(function: Callable[[PyTree], PyTree], note: str, params: PyTree) -> PyTree:
+    """`function(params)`; its exceptions are its own, with a note: it may be of the params."""
+    try:
+        return function(params)
+    except Exception as error:
+        error.add_note(note)
+        raise
 
 
 def _advice(missing: list[inspect.Parameter]) -> str:

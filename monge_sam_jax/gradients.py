@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from monge_sam_jax._batches import part_of_batch
 from monge_sam_jax._checks import check_nonnegative
 from monge_sam_jax.metrics import Grads, Metric, Params
-from monge_sam_jax.perturbation import AxisName, Mask, check_ball, robust_gradient
+from monge_sam_jax.perturbation import (
+    AxisName,
+    Mask,
+    check_ball,
+    check_mask,
+    init_metric,
+    robust_gradient,
+)
 
 
 def sharpness_aware_value_and_grad(
@@ -72,7 +79,8 @@ def sharpness_aware_value_and_grad(
     Raises:
       TypeError: metric is no `Metric`, rho no real number, or loss_fn no function.
       ValueError: rho is negative, NaN or infinite, or ascent_batch_fraction not in (0, 1]; at a
-        call, an array has no batch_axis.
+        call, an array has no batch_axis, differs in length from another along it, or looks like a
+        random key.
 
     References:
       Jacobsen and Arvanitidis, Monge SAM, eqs. 5, 8 and 9.
@@ -86,6 +94,7 @@ def sharpness_aware_value_and_grad(
     (Array(25., dtype=float32), Array([6.6, 8.8], dtype=float32))
     """
     check_ball(metric, rho, schedule_allowed=False)
+    check_mask(mask)
     check_nonnegative("ascent_batch_fraction", ascent_batch_fraction)
     if not 0 < ascent_batch_fraction <= 1:
         raise ValueError(f"ascent_batch_fraction must be in (0, 1], got {ascent_batch_fraction!r}")
@@ -96,7 +105,7 @@ def sharpness_aware_value_and_grad(
         positions = {i % len(args) for i in differentiated}
         others = [i for i in range(len(args)) if i not in positions]
         parts, named = part_of_batch(
-            ascent_batch_fraction, batch_axis, [args[i] for i in others], kwargs
+            ascent_batch_fraction, "batch_axis", batch_axis, [args[i] for i in others], kwargs
         )
         return differentiate(*_replace(args, others, parts), **named)
 
@@ -113,7 +122,7 @@ def sharpness_aware_value_and_grad(
             conjugate(grads),
             params,
             metric=metric,
-            metric_state=metric.init(params),
+            metric_state=init_metric(metric, mask, params),
             rho=rho,
             mask=mask,
             measure=measure,

@@ -6,7 +6,6 @@ gradient that perturbs. `make_train_step` writes the step that gets them right, 
 `TrainState`; `SharpnessAwareTrainState` is for those who write their own.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, TypedDict, Unpack
@@ -20,100 +19,16 @@ from flax.training.dynamic_scale import DynamicScale
 from flax.training.train_state import TrainState
 
 from monge_sam_jax._collectives import make_varying
+from monge_sam_jax._train_state import SharpnessAwareTrainState as SharpnessAwareTrainState
+from monge_sam_jax._train_state import bind
 from monge_sam_jax.diagnostics import Diagnostics, MeasuredDiagnostics, get_diagnostics
 from monge_sam_jax.gradients import sharpness_aware_value_and_grad
 from monge_sam_jax.loss_scaling import loss_scaled, update_dynamic_scale
 from monge_sam_jax.metrics import Grads, Metric, Params
 from monge_sam_jax.perturbation import AxisName, Mask
-from monge_sam_jax.transforms import GradFn, SharpnessAwareState
+from monge_sam_jax.transforms import SharpnessAwareState
 
 PyTree = Any
-
-
-class SharpnessAwareTrainState(TrainState, kw_only=True):
-    """A Flax `TrainState` whose `apply_gradients` reaches `tx.update` with more than gradients.
-
-    Flax's own keeps its keyword arguments from the transformation. All else is as in `TrainState`.
-
-    Attributes:
-      batch_stats: the running statistics of the model, or None if it has none.
-      dropout_key: a random key that stays the same during training; each step folds its number in.
-        Orbax stores keys of both kinds, `flax.serialization` those of `jax.random.PRNGKey` alone.
-      dynamic_scale: a `flax.training.dynamic_scale.DynamicScale`, or None for no loss scaling.
-
-    >>> import jax, optax
-    >>> import jax.numpy as jnp
-    >>> from flax import linen as nn
-    >>> from monge_sam_jax import monge_sam
-    >>> from monge_sam_jax.linen import SharpnessAwareTrainState
-    >>> model, x = nn.Dense(1), jnp.ones((4, 2))
-    >>> state = SharpnessAwareTrainState.create(
-    ...     apply_fn=model.apply,
-    ...     params=model.init(jax.random.key(0), x)["params"],
-    ...     tx=optax.chain(monge_sam(rho=0.05), optax.adamw(1e-3)),
-    ... )
-    >>> grad_fn = jax.grad(lambda params: jnp.mean(state.apply_fn({"params": params}, x) ** 2))
-    >>> state = state.apply_gradients(grads=grad_fn(state.params), grad_fn=grad_fn)
-    >>> state.step
-    1
-    """
-
-    batch_stats: PyTree = None
-    dropout_key: jax.Array | None = None
-    dynamic_scale: DynamicScale | None = None
-
-    def apply_gradients(
-        self,
-        *,
-        grads: Grads,
-        grad_fn: GradFn | None = None,
-        extra_args: Mapping[str, Any] | None = None,
-        **changes: Any,
-    ) -> "SharpnessAwareTrainState":
-        """One update: the state after the step, with its number increased by one.
-
-        Args:
-          grads: the gradient at the params.
-          grad_fn: params -> gradient of the loss, with the batch, the random numbers, the running
-            statistics and the loss scale of `grads`; for a sharpness-aware transformation in `tx`.
-            It is given those of `extra_args` that its signature accepts by name.
-          extra_args: what else `tx.update` is to get by name, such as the `batch` of a gradient
-            function that the transformation has been built with, or `value`.
-          **changes: new values of fields, such as batch_stats.
-
-        Returns:
-          The new state.
-
-        Raises:
-          TypeError: a change is of no field of the state.
-        """
-        unknown = changes.keys() - {field.name for field in dataclasses.fields(self)}
-        if unknown:
-            name = min(unknown)
-            raise TypeError(
-                f"{name} is no field of {type(self).__name__}; an argument of tx.update goes to "
-                f"extra_args={{{name!r}: ...}}"
-            )
-        extra = dict(extra_args or {})
-        if grad_fn is not None:
-            extra["grad_fn"] = grad_fn
-        bound: Any = self.replace(tx=_bind(self, extra))
-        return TrainState.apply_gradients(bound, grads=grads, **{"tx": self.tx, **changes})
-
-
-def _bind(state: TrainState, extra_args: Mapping[str, Any]) -> optax.GradientTransformation:
-    """The state's transformation with the extra arguments of `update` filled in."""
-    extra = dict(extra_args)
-    if "grad_fn" in extra and OVERWRITE_WITH_GRADIENT in state.params:
-        grad_fn = extra["grad_fn"]
-
-        @functools.wraps(grad_fn)  # the transformation never sees the scales of fp8
-        def grad_fn_of_trainable(params: Params, *args: Any, **kwargs: Any) -> Grads:
-            return grad_fn({**state.params, "params": params}, *args, **kwargs)["params"]
-
-        extra["grad_fn"] = grad_fn_of_trainable
-    tx = optax.with_extra_args_support(state.tx)
-    return optax.GradientTransformation(tx.init, functools.partial(tx.update, **extra))
 
 
 class Options(TypedDict, total=False):
@@ -158,6 +73,10 @@ def make_train_step(
     the params and the optimizer state it leads to, so do not add `optax.apply_if_finite` or
     `optax.zero_nans`, which would hide it.
 
+    The state's transformation also gets `value`, `grad` and `value_fn`, for what searches along a
+    line: loss and gradient of the first pass, and the loss at other params, of the same batch,
+    running statistics and random numbers.
+
     Args:
       loss_fn: (variables, batch, rngs) -> (loss, (updated, metrics)): variables and rngs are for
         `model.apply`, updated is the dict of collections that it changed, metrics any tree.
@@ -165,15 +84,17 @@ def make_train_step(
       mutable: names of the collections beside the params that are fields of the state. Those that
         it does not have, or as None, are not in variables.
       rng_streams: the names in rngs. The keys are split from `fold_in(state.dropout_key,
-        state.step)`, on many devices with the number of the device folded in too; without a
-        dropout_key, rngs is empty.
+        state.step)`, on many devices with the number of the device folded in too, and are of the
+        kind of `jax.random.key`; without a dropout_key, rngs is empty.
       axis_name: name of the mapped axis, or a tuple of names, over which a batch is split, under
         `jax.pmap` or `jax.shard_map`. Gradients, loss and running statistics are averaged over it,
         metrics are the device's own. A transformation in the chain gets averaged gradients, so it
         takes no axis_name. Not for `jax.jit` with sharded arrays.
       diagnostics: whether the step returns the `Diagnostics` too, as a fourth part.
       value_and_grad: what differentiates, in both passes, a function of params, collections, batch
-        and rngs: `jax.value_and_grad`, or `accumulated(k, axis=(None, 0, None))`.
+        and rngs: `jax.value_and_grad`, or `accumulated(k, axis=(None, 0, None))`, with which each
+        micro-batch has its own dropout mask (for one that all share, let `loss_fn` close over a
+        key).
       **options: rho (0.05, or a schedule of the number of the step), mask, measure, widen_params
         and sync_perturbation of `sharpness_aware_value_and_grad`, for the metric.
 
@@ -183,7 +104,8 @@ def make_train_step(
     Raises:
       TypeError: an argument is of the wrong type, or there are options without a metric.
       ValueError: rho is negative, NaN or infinite; at a step, loss_fn returns something else or a
-        collection that the state lacks, or the state's transformation perturbs beside the metric.
+        collection that the state lacks, or the state's transformation perturbs beside the metric
+        or twice.
 
     >>> import jax, optax
     >>> import jax.numpy as jnp
@@ -245,7 +167,9 @@ def make_train_step(
         _check_updated(updated, collections, mutable)
         loss, updated = _mean((loss, dict(updated)), axis_name)
 
-        bound = state.replace(tx=_bind(state, {"value": loss, **evaluation.extra_args}))
+        value_fn = _value_fn(differentiate, total_loss, inputs, axis_name)
+        extra_args = {"value": loss, "value_fn": value_fn, **evaluation.extra_args}
+        bound = state.replace(tx=bind(state, extra_args))
         new = bound.apply_gradients(grads=evaluation.grads, tx=state.tx, **updated)
         seen = evaluation.diagnostics
         if diagnostics and seen is None:
@@ -264,7 +188,7 @@ class _Evaluation(NamedTuple):
 
     output: Any
     grads: Grads
-    extra_args: dict[str, GradFn]
+    extra_args: dict[str, Any]
     diagnostics: Diagnostics | MeasuredDiagnostics | None
 
 
@@ -293,7 +217,7 @@ def _evaluate_for_chain(
         return jax.tree.map(lambda g: jnp.where(is_finite, g, jnp.nan), grads)
 
     output, grads = evaluate_at(state.params)
-    return _Evaluation(output, grads, {"grad_fn": grad_fn}, None)
+    return _Evaluation(output, grads, {"grad": grads, "grad_fn": grad_fn}, None)
 
 
 def _evaluate_robust(
@@ -307,11 +231,43 @@ def _evaluate_robust(
     axis_name: AxisName | None,
 ) -> _Evaluation:
     """The gradient at the perturbed params."""
+
+    def differentiate_and_keep(fun: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        value_and_grad = differentiate(fun, **options)
+
+        def keep(*inputs: Any) -> Any:
+            (loss, aux), grads = value_and_grad(*inputs)
+            return (loss, (aux, grads)), grads
+
+        return keep
+
     value_and_grad = robust_value_and_grad(
-        total_loss, rho=rho(state.step) if callable(rho) else rho, value_and_grad=differentiate
+        total_loss,
+        rho=rho(state.step) if callable(rho) else rho,
+        value_and_grad=differentiate_and_keep,
     )
     output, grads, diagnostics = value_and_grad(_vary(state.params, axis_name), *inputs)
-    return _Evaluation(output, optax.tree.conj(grads), {}, diagnostics)
+    loss, (aux, first) = output
+    first = _mean(optax.tree.conj(first), axis_name)
+    return _Evaluation((loss, aux), optax.tree.conj(grads), {"grad": first}, diagnostics)
+
+
+def _value_fn(
+    differentiate: Callable[..., Any],
+    total_loss: Callable[..., Any],
+    inputs: tuple[PyTree, ...],
+    axis_name: AxisName | None,
+) -> Callable[[Params], jax.Array]:
+    """The loss of the first pass as a function of the params."""
+
+    def value_fn(params: Params) -> jax.Array:
+        # What differentiates may cut the batch and its keys, so it runs here too, for nothing.
+        here = _vary(_with_mean_derivative(params, axis_name), axis_name)
+        at_params = lambda _, *inputs: total_loss(here, *inputs)  # noqa: E731
+        (loss, _), _ = differentiate(at_params, has_aux=True)(jnp.zeros(()), *inputs)
+        return _mean(loss, axis_name)
+
+    return value_fn
 
 
 def _total_loss(
@@ -339,6 +295,8 @@ def _step_rngs(
     key = getattr(state, "dropout_key", None)
     if key is None:
         return {}
+    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # micro-batches cannot tell a raw key from data
     key = jax.random.fold_in(key, state.step)
     if axis_name is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
@@ -351,6 +309,15 @@ def _vary(params: Params, axis_name: AxisName | None) -> Params:
 
 def _mean(tree: PyTree, axis_name: AxisName | None) -> PyTree:
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def _with_mean_derivative(params: Params, axis_name: AxisName | None) -> Params:
+    """The params; under `jax.pmap` a mean loss has the derivative of the device's own otherwise."""
+    if axis_name is None:
+        return params
+    identity = jax.custom_jvp(lambda params: params)
+    identity.defjvp(lambda primals, tangents: (primals[0], jax.lax.pmean(tangents[0], axis_name)))
+    return identity(params)
 
 
 def _skip_unless_finite(
@@ -380,7 +347,14 @@ def _check_state(state: TrainState, metric: Metric | None, dynamic_scale: Any) -
             "in the chain, optax.chain(monge_sam(...), ...), and leave both out"
         )
     is_ours = lambda x: isinstance(x, SharpnessAwareState)  # noqa: E731
-    if metric is not None and any(map(is_ours, jax.tree.leaves(state.opt_state, is_leaf=is_ours))):
+    links = sum(map(is_ours, jax.tree.leaves(state.opt_state, is_leaf=is_ours)))
+    if links > 1:
+        raise ValueError(
+            f"there are {links} sharpness-aware transformations in the state's, of which only the "
+            "last would perturb: keep one. A radius for each group of leaves is one transformation "
+            "with metric=grouped({...}, labels)"
+        )
+    if metric is not None and links:
         raise ValueError(
             "there is a metric, and the state's transformation is sharpness-aware too, so that the "
             "params would be perturbed twice: leave one of the two out"

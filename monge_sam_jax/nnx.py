@@ -12,13 +12,22 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import filterlib
 
 from monge_sam_jax._collectives import make_varying
 from monge_sam_jax.gradients import conjugate
 from monge_sam_jax.metrics import Grads, Metric, Params
-from monge_sam_jax.perturbation import AxisName, Mask, check_ball, robust_gradient
+from monge_sam_jax.one_pass import unperturbed_params
+from monge_sam_jax.perturbation import (
+    AxisName,
+    Mask,
+    check_ball,
+    check_mask,
+    init_metric,
+    robust_gradient,
+)
 from monge_sam_jax.running_statistics import refresh_running_statistics
 
 if hasattr(nnx, "as_pure"):
@@ -107,6 +116,7 @@ def sharpness_aware_value_and_grad(
     Array(1.99, dtype=float32)
     """
     check_ball(metric, rho, schedule_allowed=False)
+    check_mask(mask)
     differentiate = value_and_grad(loss_fn, argnums=nnx.DiffState(0, wrt), has_aux=has_aux)
 
     def robust_value_and_grad(model: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -123,7 +133,7 @@ def sharpness_aware_value_and_grad(
             conjugate(_as_pure(nnx.state(grads))),
             params,
             metric=metric,
-            metric_state=metric.init(params),
+            metric_state=init_metric(metric, mask, params),
             rho=rho,
             mask=mask,
             measure=measure,
@@ -255,6 +265,66 @@ def _check_local(loss: jax.Array, axis_name: AxisName) -> None:
         )
 
 
+def evaluation_model(
+    model: Any,
+    optimizer: nnx.Optimizer[Any],
+    *,
+    forward: Callable[[Any, Any], Any] | None = None,
+    batches: Iterable[Any] | None = None,
+    statistics: filterlib.Filter = nnx.BatchStat,
+) -> Any:
+    """The model to evaluate and save after the steps of `one_pass_sam`, in evaluation mode.
+
+    A copy, which later training leaves alone: with the unperturbed params, running statistics of
+    them, and `.eval()` called. Model and optimizer go on as if nothing had been.
+
+    Args:
+      model: the model, in the mode in which it is trained.
+      optimizer: its optimizer, with `one_pass_sam` in it.
+      forward: runs the model, as in `refresh_batch_stats`; None for `model(batch)`.
+      batches: training batches of one size, some tens, for the running statistics. They can be left
+        out where the model has none.
+      statistics: the filter of the running statistics to take anew; False leaves all as they are.
+
+    Returns:
+      The copy.
+
+    Raises:
+      ValueError: the model has statistics, and there are no batches; or as `unperturbed_params` and
+        `refresh_batch_stats`.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from flax import nnx
+    >>> from monge_sam_jax import one_pass_sam
+    >>> from monge_sam_jax.nnx import evaluation_model
+    >>> model = nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0))
+    >>> model.kernel[...] = jnp.array([[0.0], [2.0]])
+    >>> optimizer = nnx.Optimizer(model, one_pass_sam(optax.sgd(0.5), rho=0.3), wrt=nnx.Param)
+    >>> grads = nnx.grad(lambda model: 0.5 * jnp.sum(model(jnp.eye(2)) ** 2))(model)
+    >>> _ = optimizer.update(model, grads)
+    >>> evaluation_model(model, optimizer)(jnp.eye(2))[1]  # 2 - 0.5 * 2
+    Array([1.], dtype=float32)
+    """
+    copy = nnx.clone(model)
+    if batches is None and jax.tree.leaves(nnx.state(copy, statistics)):
+        raise ValueError(
+            "the model has running statistics, which belong to the perturbed params: pass training "
+            "batches to take them of, evaluation_model(model, optimizer, batches=...), or "
+            "statistics=False to leave them as they are"
+        )
+    params = nnx.state(copy, optimizer.wrt)
+    nnx.update(copy, unperturbed_params(optimizer.opt_state, params))
+    # Arrays of its own: a training step may donate those of the model and of the optimizer.
+    nnx.update(copy, jax.tree.map(jnp.copy, nnx.state(copy)))
+    if batches is not None and jax.tree.leaves(nnx.state(copy, statistics)):
+        run = (lambda model, batch: model(batch)) if forward is None else forward
+        refresh_batch_stats(run, copy, batches, statistics=statistics)
+    for _, node in nnx.iter_graph(copy):
+        if isinstance(node, nnx.Module):
+            node.eval()
+    return copy
+
+
 def refresh_batch_stats(
     forward: Callable[[Any, Any], Any],
     model: Any,
@@ -264,11 +334,12 @@ def refresh_batch_stats(
 ) -> None:
     """Takes the running statistics of a model anew, at the params that it holds, in place.
 
-    `refresh_running_statistics` says why and how; evaluate after it, with `model.eval()`.
+    `refresh_running_statistics` says why and how; evaluate after it, with `model.eval()`. After
+    one-pass steps `evaluation_model` does all of it, and leaves the model that is trained alone.
 
     Args:
       forward: runs the model in training mode, forward(model, batch); what it returns is not used.
-      model: the model, with the params to evaluate: after one-pass steps,
+      model: the model, with the params to evaluate; of a copy after one-pass steps, say,
         `nnx.update(model, unperturbed_params(optimizer.opt_state, nnx.state(model, nnx.Param)))`.
       batches: training batches of one size; some tens are enough.
       statistics: the filter of the running statistics. All other state is left alone.

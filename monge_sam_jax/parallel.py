@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from monge_sam_jax._batches import axis_of_each, dimension_at, within
+from monge_sam_jax._batches import WHOLE, describe, sample_dimensions
 from monge_sam_jax._numerics import widen, working_dtype
 
 PyTree = Any
@@ -15,7 +15,6 @@ ValueAndGrad: TypeAlias = Callable[..., Any]
 How: TypeAlias = Literal["scan", "vmap", "unroll"]
 
 REPLICATED = PartitionSpec()
-WHOLE = -1  # in place of a dimension: not sharded over the axis
 
 
 def m_sharpness(
@@ -42,9 +41,11 @@ def m_sharpness(
       num_microbatches: k, which divides the batch.
       axis: the axis of all arrays of the other arguments that is cut into k pieces: sample j goes
         to micro-batch j modulo k, so that a batch sharded over devices stays where it is. Or one
-        axis for each other positional argument, None for one that every micro-batch gets whole,
-        such as a random key. Keyword arguments are cut along `axis`, or along 0 where that is a
-        sequence.
+        axis for each other positional argument, None for one that every micro-batch gets whole;
+        keyword arguments are cut along 0 then. Of random keys among those (`jax.random.key`, not
+        the raw ones of `jax.random.PRNGKey`, which look like data) micro-batch i gets
+        `fold_in(key, i)`, and so a dropout mask of its own; for one that all share, close over the
+        key.
       how: "scan" is a loop of XLA, which keeps the program small; "unroll" writes the micro-batches
         out one after the other (on CPU the gradient of a convolution is many times slower in a
         loop); "vmap" runs them at once, at the memory of the whole batch and more, since each has
@@ -58,7 +59,7 @@ def m_sharpness(
     Raises:
       TypeError: num_microbatches or axis is no integer.
       ValueError: num_microbatches is less than one, or how unknown; at a call, an array cannot be
-        cut, or there is none.
+        cut, differs in length from another, or looks like a random key; or there is none.
 
     References:
       Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, 2020.
@@ -75,31 +76,29 @@ def m_sharpness(
     _check_microbatches(num_microbatches, axis, how)
 
     def mean_value_and_grad(params: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
-        inputs = (args, kwargs)
-        cut_along = axis_of_each(axis, args, kwargs)
-        microbatches = jax.tree.map(
-            lambda along, tree: None if along is None else _cut(tree, num_microbatches, along),
-            cut_along,
-            inputs,
-            is_leaf=lambda x: x is None,
-        )
-        if not jax.tree.leaves(microbatches):
+        leaves, structure = jax.tree.flatten_with_path((args, kwargs))
+        dimensions = sample_dimensions("axis", axis, args, kwargs)
+        cut = [
+            None if at == WHOLE else _cut(path, x, num_microbatches, at)
+            for (path, x), at in zip(leaves, dimensions, strict=True)
+        ]
+        if not jax.tree.leaves(cut):
             raise ValueError(
                 "there is no array to cut into micro-batches; pass the batch as an argument after "
                 "the params"
             )
 
         def evaluate(microbatch: PyTree) -> PyTree:
-            some_args, some_kwargs = jax.tree.map(
-                lambda along, whole, piece: whole if along is None else piece,
-                cut_along,
-                inputs,
-                microbatch,
-                is_leaf=lambda x: x is None,
-            )
+            number, pieces = microbatch
+            some = [
+                _own_key(x, number) if piece is None else piece
+                for (_, x), piece in zip(leaves, pieces, strict=True)
+            ]
+            some_args, some_kwargs = jax.tree.unflatten(structure, some)
             output = value_and_grad_fn(params, *some_args, **some_kwargs)
             return jax.tree.map(jnp.asarray, output)  # auxiliary outputs may be Python numbers
 
+        microbatches = (jnp.arange(num_microbatches), cut)
         return MEANS[how](evaluate, microbatches, num_microbatches)
 
     return mean_value_and_grad
@@ -116,7 +115,7 @@ def accumulated(
 
     Args:
       num_microbatches: as in `m_sharpness`, like the rest.
-      axis: as in `m_sharpness`.
+      axis: as in `m_sharpness`; also of the random keys, which are the same ones in both passes.
       how: as in `m_sharpness`.
 
     Returns:
@@ -171,7 +170,8 @@ def per_shard(
       axis_name: axis of the mesh over which the batch is sharded. Other axes of the mesh stay with
         `jax.jit`.
       axis: the axis along which all arrays of the other arguments are sharded, or one for each
-        other positional argument, None for one that every device gets whole; as in `m_sharpness`.
+        other positional argument, None for one that every device gets whole, a random key as it is;
+        keyword arguments are sharded along 0 then.
       params_specs: how the params are sharded, a tree of `PartitionSpec` that is a prefix of the
         params, such as `jax.tree.map(lambda x: x.sharding.spec, params)`. The default is for params
         that are whole on every device. Fully sharded ones are gathered for the length of the call,
@@ -187,7 +187,7 @@ def per_shard(
       TypeError: axis is no integer; at a call, params_specs holds no `PartitionSpec`, or
         `value_and_grad_fn` does not return a value and a gradient.
       ValueError: at a call, axis is of the wrong length, params_specs no prefix of the params, or
-        an array cannot be sharded.
+        an array cannot be sharded, differs in length from another, or looks like a random key.
 
     References:
       Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, 2020.
@@ -207,7 +207,6 @@ def per_shard(
     _check_axis(axis)
 
     def mean_value_and_grad(params: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
-        cut_along = axis_of_each(axis, args, kwargs)
         gathered_along = _dimensions(params_specs, axis_name, params)
 
         def on_shard(params: PyTree, args: PyTree, kwargs: PyTree) -> PyTree:
@@ -232,16 +231,9 @@ def per_shard(
             return total / jax.lax.psum(1, axis_name)
 
         specs = jax.tree.map(lambda along: _spec(along, axis_name), gathered_along)
-        argument_specs = jax.tree.map(
-            lambda along, tree: jax.tree.map_with_path(
-                lambda path, x: _spec(
-                    WHOLE if along is None else dimension_at(along, path, x), axis_name
-                ),
-                tree,
-            ),
-            cut_along,
-            (args, kwargs),
-            is_leaf=lambda x: x is None,
+        dimensions = sample_dimensions("axis", axis, args, kwargs)
+        argument_specs = jax.tree.unflatten(
+            jax.tree.structure((args, kwargs)), [_spec(at, axis_name) for at in dimensions]
         )
         mapped = jax.shard_map(
             on_shard,
@@ -324,24 +316,29 @@ def _with_auto_axes(collective: Callable[[jax.Array], jax.Array], x: jax.Array) 
     return jax.sharding.auto_axes(collective, axes=explicit, out_sharding=kind.spec)(x)
 
 
-def _cut(tree: PyTree, pieces: int, axis: int) -> PyTree:
-    """Every array cut into pieces along `axis`, stacked along a new first axis.
+def _cut(path: tuple[Any, ...], x: Any, pieces: int, axis: int) -> jax.Array:
+    """The array cut into pieces along `axis`, stacked along a new first axis.
 
     Neighbours go to different pieces: pieces of neighbours would lie on few devices each where the
     axis is sharded, so that every device would gather and evaluate the whole batch.
     """
+    shape = jnp.shape(x)
+    if shape[axis] % pieces:
+        raise ValueError(
+            f"{describe(path, x)} cannot be cut into {pieces} micro-batches along axis {axis}"
+        )
+    split = (*shape[:axis], shape[axis] // pieces, pieces, *shape[axis + 1 :])
+    return jnp.moveaxis(jnp.reshape(x, split), axis + 1, 0)
 
-    def cut(path: Any, x: Any) -> jax.Array:
-        at, shape = dimension_at(axis, path, x), jnp.shape(x)
-        if shape[at] % pieces:
-            raise ValueError(
-                f"an array of shape {shape}{within(path)} cannot be cut into {pieces} "
-                f"micro-batches along axis {axis}"
-            )
-        split = (*shape[:at], shape[at] // pieces, pieces, *shape[at + 1 :])
-        return jnp.moveaxis(jnp.reshape(x, split), at + 1, 0)
 
-    return jax.tree.map_with_path(cut, tree)
+def _own_key(x: Any, number: jax.Array) -> Any:
+    """What a micro-batch gets of an argument that is not cut: keys with its number folded in."""
+    if not (isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)):
+        return x
+    fold_in = jax.random.fold_in
+    for _ in range(x.ndim):
+        fold_in = jax.vmap(fold_in, in_axes=(0, None))
+    return fold_in(x, number)
 
 
 def _mean_by_scan(evaluate: Callable[..., PyTree], microbatches: PyTree, pieces: int) -> PyTree:

@@ -222,6 +222,7 @@ def chosen_leaves(mask: Mask, params: Params) -> Any:
 
 def init_metric(metric: Metric, mask: Mask, params: Params) -> State:
     """A fresh state of the metric, for the leaves that are perturbed."""
+    params = as_arrays(params)
     return metric.init(select(chosen_leaves(mask, params), params))
 
 

@@ -82,5 +82,6 @@ def _check_momentum(momentum: PyTree) -> None:
             raise ValueError(
                 f"the statistics{jax.tree_util.keystr(path)} are no running average over batches: "
                 f"what remains of the old value after a batch is {jnp.ravel(m)[:3]} in place of "
-                "one number in [0, 1). Is update_fn in training mode?"
+                "one number in [0, 1). Run the model in training mode (use_running_average=False "
+                "in Linen, model.train() in NNX), and leave out the statistics of frozen layers"
             )

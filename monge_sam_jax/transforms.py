@@ -11,7 +11,6 @@ import optax
 
 from monge_sam_jax._checks import bind_grad_fn, check_state
 from monge_sam_jax._injection import NOT_A_SCHEDULE, Builder, injectable, unfixed
-from monge_sam_jax._numerics import as_arrays
 from monge_sam_jax._surroundings import check_surroundings
 from monge_sam_jax.diagnostics import Diagnostics, MeasuredDiagnostics
 from monge_sam_jax.metrics import (
@@ -144,7 +143,7 @@ def sharpness_aware(
     def init(params: Params) -> SharpnessAwareState:
         kind = MeasuredDiagnostics if measure else Diagnostics
         zeros = kind(*(jnp.zeros((), jnp.float32) for _ in kind._fields))
-        metric_state = init_metric(metric, mask, as_arrays(params))
+        metric_state = init_metric(metric, mask, params)
         return SharpnessAwareState(jnp.zeros((), jnp.int32), metric_state, zeros)
 
     def update(

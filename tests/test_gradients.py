@@ -199,9 +199,10 @@ def test_arguments_that_the_ascent_gets_whole_and_axes_of_the_samples():
     value, grads = fn(*args)
     assert value == 2 * np.mean((2 * np.arange(0, 8, 2) - 1) ** 2)
     assert grads == 2 * np.mean(2 * (2.5 * np.arange(8) - 1) * np.arange(8))
-    with pytest.raises(ValueError, match=r"one axis for each of the 3 positional"):
+    with pytest.raises(ValueError, match=r"batch_axis must hold one axis for each of the 3"):
         ms.sharpness_aware_value_and_grad(loss_fn, batch_axis=(0,), **options)(*args)
-    with pytest.raises(ValueError, match=r"shape \(\) has no axis 0 .*None in its place"):
+    message = r"shape \(\) has no axis 0 .*None in its place, such as batch_axis=\(0, None, 0\)"
+    with pytest.raises(ValueError, match=message):
         ms.sharpness_aware_value_and_grad(loss_fn, **options)(x, args[1], jnp.array(1.0), y)
 
 

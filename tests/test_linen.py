@@ -280,6 +280,28 @@ def fp8_by_step(state):
     return step(state, 1.0)[0]
 
 
+def test_what_searches_along_a_line_does_not_see_what_flax_overwrites():
+    def loss(w):
+        return jnp.sum((w - 1.0) ** 2)
+
+    tx = optax.chain(ms.sam(rho=0.5), optax.sgd(1.0), optax.scale_by_zoom_linesearch(10))
+    state = SharpnessAwareTrainState.create(apply_fn=None, params=FP8, tx=tx)
+    new, w = fp8_by_step(state).params, FP8["params"]["w"]
+    g = {"w": jax.grad(loss)(w)}
+    grad_fn = lambda p: {"w": jax.grad(loss)(p["w"])}  # noqa: E731
+    updates, _ = tx.update(
+        g,
+        tx.init(FP8["params"]),
+        FP8["params"],
+        value=loss(w),
+        grad=g,
+        value_fn=lambda p, grad_fn: loss(p["w"]),
+        grad_fn=grad_fn,
+    )
+    np.testing.assert_allclose(new["params"]["w"], w + updates["w"], rtol=1e-5)
+    np.testing.assert_allclose(new[OVERWRITE_WITH_GRADIENT]["scale"], 5 * 25, rtol=1e-6)
+
+
 @pytest.mark.parametrize("update", [fp8_by_state, fp8_by_step])
 def test_what_flax_overwrites_with_its_gradient_is_not_perturbed(update):
     tx = optax.chain(ms.sam(rho=0.5), optax.sgd(0.1))
@@ -313,7 +335,7 @@ MODES = ["chain", "metric"]
 
 
 def test_random_keys():
-    """Split from the key of the step; two streams differ, and two steps."""
+    """Split from the key of the step; two streams differ, and two steps. Keys are typed ones."""
     seen = make_train_step(
         lambda variables, batch, rngs: (jnp.sum(variables["params"]["b"]), ({}, rngs)),
         rng_streams=("dropout", "noise"),
@@ -325,7 +347,10 @@ def test_random_keys():
     for i in range(2):
         state, _, rngs = seen(state, None)
         expected = jax.random.split(jax.random.fold_in(KEY, i), 2)
-        np.testing.assert_array_equal([rngs["dropout"], rngs["noise"]], expected)
+        actual = [jax.random.key_data(rngs[name]) for name in ("dropout", "noise")]
+        np.testing.assert_array_equal(actual, expected)
+    typed = state.replace(dropout_key=jax.random.wrap_key_data(KEY), step=1)
+    chex.assert_trees_all_equal(seen(typed, None)[2], rngs)
     np.testing.assert_array_equal(state.dropout_key, KEY)
     assert seen(state.replace(dropout_key=None), None)[2] == {}
     assert seen(TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.1)), None)[2] == {}
@@ -368,6 +393,170 @@ def test_accumulation_over_microbatches_equals_the_whole_batch(mode):
     assert (size, whole_size) == (4, 16)
     chex.assert_trees_all_close(actual.params, expected.params, rtol=1e-5, atol=1e-6)
     assert float(value) == pytest.approx(float(expected_value), rel=1e-6)
+
+
+# What an optimizer that searches along a line is given, in loops by hand.
+
+LINES = {
+    "lbfgs": lambda: optax.lbfgs(memory_size=3),
+    "zoom": lambda: optax.chain(optax.sgd(1.0), optax.scale_by_zoom_linesearch(5)),
+    "backtracking": lambda: optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5, store_grad=True)
+    ),
+}
+
+
+def losses_of_model(state, batch, k):
+    """The mean over k micro-batches, each with its own mask, as a function of the params."""
+    key = jax.random.split(jax.random.fold_in(state.dropout_key, state.step), 1)[0]
+
+    def loss(params):
+        losses, updated = [], []
+        for i in range(k):
+            some = jax.tree.map(lambda x, i=i: x[i::k], batch)
+            rngs = {"dropout": jax.random.fold_in(key, i) if k > 1 else key}
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            value, (changed, _) = loss_fn(variables, some, rngs)
+            losses.append(value)
+            updated.append(changed["batch_stats"])
+        return sum(losses) / k, jax.tree.map(lambda *xs: sum(xs) / k, *updated)
+
+    return loss
+
+
+@functools.partial(jit, static_argnums=(2, 3))
+def line_step_by_hand(state, batch, tail, k):
+    """M-SAM (eq. 9) before an optimizer that gets value, gradient and function of the params."""
+    loss = losses_of_model(state, batch, k)
+    (value, stats), g = jax.value_and_grad(loss, has_aux=True)(state.params)
+    norm = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(g)))
+    factor = RHO / (norm * jnp.sqrt(1 + norm**2))
+    nearby = jax.tree.map(lambda p, x: p + factor * x, state.params, g)
+    second, _ = jax.grad(loss, has_aux=True)(nearby)
+    updates, opt_state = tail.update(
+        second,
+        state.opt_state,
+        state.params,
+        value=value,
+        grad=g,
+        value_fn=lambda params: loss(params)[0],
+    )
+    params = optax.apply_updates(state.params, updates)
+    step = state.step + 1
+    return state.replace(step=step, params=params, opt_state=opt_state, batch_stats=stats), value
+
+
+def line_state(tail, **fields):
+    return create(SharpnessAwareTrainState, tail, **fields)
+
+
+@pytest.mark.parametrize(
+    ("line", "mode", "k", "scaled"),
+    [
+        ("lbfgs", "chain", 1, False),
+        ("lbfgs", "metric", 2, True),
+        ("zoom", "metric", 1, False),
+        ("backtracking", "chain", 2, True),
+    ],
+)
+def test_searches_along_a_line_equal_a_loop_by_hand(line, mode, k, scaled):
+    """With dropout, running statistics, micro-batches and a loss scale."""
+    tail = LINES[line]()
+    options = {"metric": ms.monge(), "rho": RHO} if mode == "metric" else {}
+    if k > 1:
+        options["value_and_grad"] = ms.accumulated(k, axis=(None, 0, None))
+    tx = tail if mode == "metric" else optax.chain(ms.monge_sam(rho=RHO), tail)
+    dynamic_scale = DynamicScale(scale=2.0**10) if scaled else None
+    step = jit(make_train_step(loss_fn, **options))
+    actual, losses = run(step, line_state(tx, dynamic_scale=dynamic_scale), steps=3)
+    step = functools.partial(line_step_by_hand, tail=tail, k=k)
+    expected, expected_losses = run(step, line_state(tail), steps=3)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    chex.assert_trees_all_close(actual.params, expected.params, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_micro_batches_have_masks_of_their_own_in_both_passes(mode):
+    """Accumulated steps, of a raw key, against a loop by hand; and the masks themselves."""
+    tail = optax.sgd(LEARNING_RATE)
+    tx = tail if mode == "metric" else optax.chain(ms.monge_sam(rho=RHO), tail)
+    options = {"metric": ms.monge(), "rho": RHO} if mode == "metric" else {}
+    accumulating = {"value_and_grad": ms.accumulated(4, axis=(None, 0, None))}
+    step = jit(make_train_step(loss_fn, **accumulating, **options))
+    actual, losses = run(step, line_state(tx), steps=3)
+    by_hand = functools.partial(line_step_by_hand, tail=optax.with_extra_args_support(tail), k=4)
+    expected, expected_losses = run(by_hand, line_state(tail), steps=3)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    chex.assert_trees_all_close(actual.params, expected.params, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(actual.batch_stats, expected.batch_stats, rtol=1e-5, atol=1e-6)
+
+    def showing_its_mask(variables, batch, rngs):
+        loss, (updated, _) = loss_fn(variables, batch, rngs)
+        return loss, (updated, jax.random.bernoulli(rngs["dropout"], 0.5, (1000,)))
+
+    shown = jit(make_train_step(showing_its_mask, **accumulating, **options))
+    _, _, metrics = shown(line_state(tx), batch_at(0))
+    assert set(np.unique(metrics)) == {0.0, 0.25, 0.5, 0.75, 1.0}  # means over four masks
+
+
+def test_what_a_transformation_gets_beside_the_gradient():
+    """At all depths; and what the state's own `apply_gradients` adds goes with it."""
+    seen = {}
+
+    def update(updates, state, params=None, **extra):
+        seen.update(extra)
+        return updates, state
+
+    class Marking(SharpnessAwareTrainState):
+        def apply_gradients(self, *, grads, **changes):
+            return super().apply_gradients(grads=grads, extra_args={"mark": 7}, **changes)
+
+    spy = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    search = optax.scale_by_zoom_linesearch(5)
+    tx = optax.chain(ms.sam(rho=RHO), spy, optax.sgd(1.0), search)
+    params, batch = example_params(), example_batch()
+    state = Marking.create(apply_fn=None, params=params, tx=tx)
+    new, loss, _ = make_train_step(simple(network_loss))(state, batch)
+    assert seen.keys() == {"mark", "value", "grad", "value_fn", "grad_fn"}
+    assert (seen["mark"], seen["value"]) == (7, loss)
+    chex.assert_trees_all_close(seen["grad"], network_grad(params, batch), rtol=1e-5)
+    other = jax.tree.map(lambda p: p + 0.1, params)
+    for more in ({}, {"anything": 1}):
+        value = seen["value_fn"](other, **more)
+        assert float(value) == pytest.approx(float(network_loss(other, batch)), rel=1e-6)
+    chex.assert_trees_all_equal_structs(new, state)
+
+
+def test_line_searches_in_a_step_of_ones_own():
+    """`value_fn` names what it takes of `extra_args`; Optax refuses the others."""
+    tx = optax.chain(ms.sam(network_grad, rho=RHO), optax.lbfgs())
+    params, batch = example_params(), example_batch()
+    state = SharpnessAwareTrainState.create(apply_fn=None, params=params, tx=tx)
+    value, grads = jax.value_and_grad(network_loss)(params, batch)
+    extra_args = {"value": value, "grad": grads, "value_fn": network_loss, "batch": batch}
+    new = state.apply_gradients(grads=grads, extra_args={**extra_args, "other": 1})
+    updates, _ = tx.update(grads, tx.init(params), params, **extra_args)
+    chex.assert_trees_all_close(new.params, optax.apply_updates(params, updates), rtol=1e-6)
+
+
+def test_a_plain_optimizer_pays_for_no_search():
+    """The loss is traced once, and the program is that of a step by hand."""
+    traces = []
+
+    def counted(params, batch):
+        traces.append(None)
+        return network_loss(params, batch)
+
+    @jax.jit
+    def by_hand(state, batch):
+        value, grads = jax.value_and_grad(network_loss)(state.params, batch)
+        return state.apply_gradients(grads=grads), value, None
+
+    state = TrainState.create(apply_fn=None, params=example_params(), tx=optax.sgd(LEARNING_RATE))
+    step = jax.jit(make_train_step(simple(counted)))
+    programs = [f.lower(state, example_batch()).compile().as_text() for f in (step, by_hand)]
+    assert len(traces) == 1
+    assert programs[0].count(" = ") == programs[1].count(" = ")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -661,6 +850,45 @@ def test_two_devices_equal_one(mode):
     assert state.dynamic_scale.fin_steps == 3
 
 
+def by_shard_map(step, state, batch, check_vma):
+    mesh = Mesh(np.array(jax.local_devices(backend="cpu")[:2]), ("data",))
+    specs = {"in_specs": (P(), P("data")), "out_specs": P()}
+    return jax.shard_map(step, mesh=mesh, check_vma=check_vma, **specs)(state, batch)
+
+
+def by_vmap(step, state, batch):
+    halves = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
+    return jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name="data")(state, halves)
+
+
+@pytest.mark.parametrize(
+    "by_devices",
+    [
+        functools.partial(by_shard_map, check_vma=True),
+        functools.partial(by_shard_map, check_vma=False),
+        by_vmap,
+    ],
+    ids=["shard_map", "shard_map unchecked", "vmap"],
+)
+def test_the_function_that_is_searched_is_of_the_whole_batch(by_devices):
+    """Its value, its derivatives in both directions, and the gradient that goes with it."""
+
+    def update(updates, state, params=None, *, value, grad, value_fn, grad_fn):
+        tangent = jax.tree.map(jnp.ones_like, params)
+        _, slope = jax.jvp(value_fn, (params,), (tangent,))
+        return jax.grad(value_fn)(params), (value, value_fn(params), slope, grad)
+
+    seen = (0.0, 0.0, 0.0, example_params())
+    tx = optax.GradientTransformationExtraArgs(lambda params: seen, update)
+    state = TrainState.create(apply_fn=None, params=example_params(), tx=tx)
+    step = make_train_step(simple(network_loss), axis_name="data")
+    new = by_devices(lambda *args: step(*args)[0], state, example_batch(16))
+    value, grads = jax.value_and_grad(network_loss)(state.params, example_batch(16))
+    slope = sum(jnp.sum(g) for g in jax.tree.leaves(grads))
+    expected = (jax.tree.map(jnp.add, state.params, grads), (value, value, slope, grads))
+    chex.assert_trees_all_close((new.params, new.opt_state), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_each_device_its_own_mask_and_perturbation():
     """m-sharpness by hand; loss and statistics are means, metrics are not."""
     step = make_train_step(
@@ -744,6 +972,15 @@ def test_a_collection_without_a_place():
 def test_a_metric_and_a_transformation_would_perturb_twice():
     with pytest.raises(ValueError, match="twice"):
         trace(loss_fn, tx=chain(), metric=ms.monge())
+
+
+@pytest.mark.parametrize("options", [{}, {"metric": ms.monge()}], ids=MODES)
+def test_two_transformations_are_refused(options):
+    masks = [jax.tree.map(lambda p, i=i: p.ndim == i, VARIABLES["params"]) for i in (1, 2)]
+    links = [ms.sam(rho=rho, mask=mask) for rho, mask in zip((0.5, 0.05), masks, strict=True)]
+    message = r"2 sharpness-aware .* metric=grouped\(\{\.\.\.\}, labels\)"
+    with pytest.raises(ValueError, match=message):
+        trace(loss_fn, tx=optax.chain(*links, sgd()), **options)
 
 
 def test_diagnostics_of_a_plain_optimizer_are_an_error():

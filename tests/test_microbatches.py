@@ -1,6 +1,8 @@
 """Micro-batches: m-sharpness, accumulation before the perturbation, and Optax's MultiSteps."""
 
+import ast
 import functools
+import re
 
 import chex
 import jax
@@ -120,7 +122,7 @@ def noisy_loss(params, x, y, key):
 
 @pytest.mark.parametrize(("how", "by_name"), [*((how, False) for how in HOWS), ("scan", True)])
 def test_axes_of_the_arguments(how, by_name):
-    """One axis for each argument, the key whole; keyword arguments along the first axis."""
+    """One axis for each argument; keyword arguments along the first; each its number in the key."""
     rng = np.random.default_rng(0)
     params = {"w": jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)}
     x, y = rng.normal(size=(3, 8)).astype(np.float32), rng.normal(size=(8, 2)).astype(np.float32)
@@ -135,10 +137,70 @@ def test_axes_of_the_arguments(how, by_name):
         _, grads = fn(params, x, y, key)
     noisy_grad = jax.jit(jax.grad(noisy_loss))
     by_hand = []
-    for some_x, some_y in zip(pieces(x, 2, axis=1), pieces(y, 2), strict=True):
-        nearby = perturbed(params, noisy_grad(params, some_x, some_y, key))
-        by_hand.append(noisy_grad(nearby, some_x, some_y, key))
+    for i, some in enumerate(zip(pieces(x, 2, axis=1), pieces(y, 2), strict=True)):
+        inputs = (*some, jax.random.fold_in(key, i))
+        nearby = perturbed(params, noisy_grad(params, *inputs))
+        by_hand.append(noisy_grad(nearby, *inputs))
     assert relative_error(flat(grads), flat(mean(by_hand))) < 1e-6
+
+
+def dropout_loss(params, x, keys):
+    """A mask of each of two layers, by a stack of keys."""
+    for i in range(2):
+        kept = jax.random.bernoulli(keys["layers"][i], 0.5, x.shape)
+        x = jnp.tanh(jnp.where(kept, 2 * x, 0.0) @ params["w"])
+    return jnp.mean(x**2)
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["accumulated", "each its own"])
+def test_each_micro_batch_has_a_dropout_mask_of_its_own_in_both_passes(how, together):
+    """Unless the key is closed over, or is a raw one, which looks like data."""
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(3, 3)), jnp.float32)}
+    x = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
+    layers = jax.random.split(jax.random.key(1), 2)
+    gradient = jax.jit(jax.grad(dropout_loss))
+    options = {"axis": (0, None), "how": how}
+
+    def build(loss):
+        if together:
+            differentiate = ms.accumulated(4, **options)
+            return ms.sharpness_aware_value_and_grad(
+                loss, metric=ms.monge(), rho=RHO, value_and_grad=differentiate
+            )
+        fn = ms.sharpness_aware_value_and_grad(loss, metric=ms.monge(), rho=RHO)
+        return ms.m_sharpness(fn, 4, **options)
+
+    def by_hand(number):
+        keys = [
+            {"layers": jnp.stack([jax.random.fold_in(key, number(i)) for key in layers])}
+            if number
+            else {"layers": layers}
+            for i in range(4)
+        ]
+        inputs = list(zip(pieces(x, 4), keys, strict=True))
+        first = [gradient(params, *some) for some in inputs]
+        if together:
+            first = [mean(first)] * 4
+        nearby = [perturbed(params, g) for g in first]
+        return mean([gradient(p, *some) for p, some in zip(nearby, inputs, strict=True)])
+
+    actual = jax.jit(build(dropout_loss))(params, x, {"layers": layers})[1]
+    own, shared = by_hand(lambda i: i), by_hand(None)
+    assert relative_error(flat(actual), flat(own)) < 1e-6
+    assert relative_error(flat(own), flat(shared)) > 1e-2
+    closed = build(lambda p, x, _: dropout_loss(p, x, {"layers": layers}))
+    raw = build(lambda p, x, data: dropout_loss(p, x, {"layers": jax.random.wrap_key_data(data)}))
+    for fn, given in ((closed, None), (raw, jax.random.key_data(layers))):
+        actual = jax.jit(fn)(params, x, given)[1]
+        assert relative_error(flat(actual), flat(shared)) < 1e-6
+
+
+def test_a_key_for_each_sample_is_cut_with_the_samples(how):
+    keys = jax.random.split(jax.random.key(0), 8)
+    fn = ms.m_sharpness(lambda p, keys: p * jax.vmap(jax.random.normal)(keys)[0], 4, how=how)
+    expected = np.mean([jax.random.normal(key) for key in keys[:4]])
+    assert float(fn(jnp.ones(()), keys)) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_one_axis_for_all_arguments(how):
@@ -379,7 +441,7 @@ def test_bad_arguments(build, k, options, error, message):
     ("axis", "args", "kwargs", "message"),
     [
         (0, [np.ones(6)], {}, r"shape \(6,\) cannot be cut into 4 micro-batches along axis 0"),
-        (0, [{"x": np.ones((6, 2))}], {}, r"shape \(6, 2\) at \['x'\]"),
+        (0, [{"x": np.ones((6, 2))}], {}, r"args\[0\]\['x'\] of shape \(6, 2\)"),
         (1, [np.ones(8)], {}, r"shape \(8,\) has no axis 1"),
         (-2, [np.ones(8)], {}, r"shape \(8,\) has no axis -2"),
         (0, [np.ones(8), 1.0], {}, r"shape \(\) has no axis 0.*None in its place"),
@@ -393,6 +455,91 @@ def test_what_cannot_be_cut(how, axis, args, kwargs, message):
     fn = ms.m_sharpness(lambda *args, **kwargs: args[0], 4, axis=axis, how=how)
     with pytest.raises(ValueError, match=message):
         fn(jnp.ones(2), *args, **kwargs)
+
+
+def sum_of_means(params, *args, **kwargs):
+    return params * sum(jnp.mean(jnp.asarray(x, float)) for x in jax.tree.leaves((args, kwargs)))
+
+
+def by_shards(axis):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    return ms.per_shard(jax.value_and_grad(sum_of_means), "data", axis=axis, mesh=mesh)
+
+
+DIVIDERS = {
+    "m_sharpness": (
+        "axis",
+        lambda axis: ms.m_sharpness(jax.value_and_grad(sum_of_means), 2, axis=axis),
+    ),
+    "accumulated": ("axis", lambda axis: ms.accumulated(2, axis=axis)(sum_of_means)),
+    "per_shard": ("axis", by_shards),
+    "ascent_batch_fraction": (
+        "batch_axis",
+        lambda axis: ms.sharpness_aware_value_and_grad(
+            sum_of_means,
+            metric=ms.euclidean(),
+            rho=0.0,
+            ascent_batch_fraction=0.5,
+            batch_axis=axis,
+        ),
+    ),
+}
+ONES, RAW_KEY, FEW = np.ones(4, np.float32), jax.random.PRNGKey(3), np.arange(3.0)
+OF_FOUR = np.array([0, 1, 2, 3], np.uint32)
+# What was passed, what is wrong with it, and what the message says to pass in its place.
+ADVICE = {
+    "number": ((ONES, 2.0), {}, "no axis 0", (ONES, 2.0), (0, None)),
+    "number between": ((ONES, 2.0, ONES), {}, "no axis 0", (ONES, 2.0, ONES), (0, None, 0)),
+    "number by name": ((ONES,), {"t": 2.0}, "no axis 0", (ONES, 2.0), (0, None)),
+    "number beside": (({"x": ONES, "t": 2.0},), {}, "no axis 0", ({"x": ONES}, 2.0), (0, None)),
+    "two numbers": (
+        (ONES, {"t": 2.0, "s": 1.0}),
+        {},
+        "no axis",
+        (ONES, {"t": 2.0, "s": 1.0}),
+        (0, None),
+    ),
+    "key": ((RAW_KEY, ONES), {}, "a random key", (RAW_KEY, ONES), (None, 0)),
+    "rbg key": ((ONES, OF_FOUR), {}, "a random key", (ONES, OF_FOUR), (0, None)),
+    "key by name": ((ONES,), {"key": RAW_KEY}, "a random key", (ONES, RAW_KEY), (0, None)),
+    "key beside": (({"x": ONES, "key": RAW_KEY},), {}, "key", ({"x": ONES}, RAW_KEY), (0, None)),
+    "fewer": (
+        (ONES, FEW),
+        {},
+        r"args\[0\] of shape \(4,\) has 4 .*args\[1\] of shape \(3,\) has 3",
+        (ONES, FEW),
+        (0, None),
+    ),
+    "fewer first": ((FEW, ONES), {}, "has 3 .* has 4", (FEW, ONES), (None, 0)),
+    "fewer by name": ((ONES,), {"t": FEW}, r"kwargs\['t'\] .*has 3", (ONES, FEW), (0, None)),
+    "fewer beside": (({"x": ONES, "z": FEW},), {}, "has 3", ({"x": ONES}, FEW), (0, None)),
+    "one axis": ((ONES, ONES), {}, "got [(]0,[)]", (ONES, ONES), (0, 0)),
+}
+
+
+@pytest.mark.parametrize("case", ADVICE)
+@pytest.mark.parametrize("divider", DIVIDERS)
+def test_what_cannot_be_divided_is_an_error_whose_advice_works(divider, case):
+    option, build = DIVIDERS[divider]
+    args, kwargs, message, advised_args, advised_axis = ADVICE[case]
+    with pytest.raises(ValueError, match=message) as error:
+        jax.jit(build((0,) if case == "one axis" else 0))(jnp.array(2.0), *args, **kwargs)
+    advised = re.findall(rf"[ (]{option}=(\(.*?\))", str(error.value))
+    assert advised_axis in map(ast.literal_eval, advised)
+    value, grads = jax.jit(build(advised_axis))(jnp.array(2.0), *advised_args)
+    means = sum(np.mean(np.asarray(x, float)) for x in jax.tree.leaves((args, kwargs)))
+    assert float(value) == pytest.approx(2 * means)
+    assert float(grads) == pytest.approx(means)
+
+
+@pytest.mark.parametrize("divider", DIVIDERS)
+def test_samples_that_look_like_a_key_may_be_cast(divider):
+    """As the message says."""
+    _, build = DIVIDERS[divider]
+    labels = np.array([5, 5], np.uint32)
+    with pytest.raises(ValueError, match="cast them to another type of integer, such as int32"):
+        build(0)(jnp.array(2.0), labels)
+    assert float(build(0)(jnp.array(2.0), labels.astype(np.int32))[0]) == 10.0
 
 
 # --- one perturbation, from the accumulated gradient ---

@@ -14,7 +14,12 @@ from jax.sharding import Mesh, PartitionSpec
 from reference import example_batch
 
 import monge_sam_jax as ms
-from monge_sam_jax.nnx import grad_fn, sharpness_aware_value_and_grad
+from monge_sam_jax.nnx import (
+    evaluation_model,
+    grad_fn,
+    refresh_batch_stats,
+    sharpness_aware_value_and_grad,
+)
 
 RHO = 0.2
 STEPS = 20
@@ -320,6 +325,47 @@ class Tied(nnx.Module):
         return x[:, :2]
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        nnx.grad,
+        nnx.value_and_grad,
+        lambda loss: nnx.grad(loss, argnums=nnx.DiffState(0, nnx.Param)),
+        lambda loss: nnx.jit(nnx.grad(loss)),
+        lambda loss: functools.partial(nnx.grad(loss), batch=BATCH),
+        lambda loss: nnx.grad(loss_fn),
+    ],
+    ids=["grad", "value_and_grad", "of a state", "jit", "partial", "batch missing"],
+)
+@pytest.mark.parametrize("in_builder", [True, False], ids=["builder", "update"])
+def test_a_gradient_of_the_model_in_place_of_one_of_the_params(make, in_builder):
+    """An error that names `grad_fn`, which takes the batch as well."""
+
+    def loss(model, batch=BATCH):
+        return loss_fn(model, batch)
+
+    model, wrong = Network(), make(loss)
+    tx = optax.chain(ms.sam(wrong if in_builder else None, rho=RHO), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    second, grads = grad_fn(loss, model, BATCH), nnx.grad(loss)(model)
+    with pytest.raises(Exception, match=r"monge_sam_jax\.nnx\.grad_fn"):
+        optimizer.update(model, grads, **({} if in_builder else {"grad_fn": wrong}))
+    optimizer.update(model, grads, grad_fn=second)
+
+
+def test_a_gradient_by_nnx_of_a_function_of_the_params():
+    """It needs no helper, and is not mistaken for one of a model."""
+    graphdef, params = nnx.split(Plain(), nnx.Param)
+    loss = lambda params: loss_fn_of_x(nnx.merge(graphdef, params))  # noqa: E731
+    loss_fn_of_x = lambda model: jnp.mean((model(BATCH["x"]) - BATCH["y"]) ** 2)  # noqa: E731
+    g = nnx.grad(loss)(params)
+    tx = ms.monge_sam(nnx.grad(loss), rho=RHO)
+    actual, _ = tx.update(g, tx.init(params), params)
+    of_dict = as_function(Plain, lambda model, _: loss_fn_of_x(model))
+    expected = by_hand(*of_dict, BATCH)
+    chex.assert_trees_all_close(nnx.to_pure_dict(actual), expected, atol=1e-6)
+
+
 def test_tied_params_are_perturbed_once():
     def loss(params, batch):
         x = batch["x"]
@@ -453,6 +499,167 @@ def test_period_diagnostics_and_plain_optax():
     assert ms.get_diagnostics(opt_state).perturbation_norm == pytest.approx(
         float(RHO / jnp.sqrt(1 + n**2)), rel=1e-5
     )
+
+
+# Evaluated after one-pass steps
+
+
+class Plain(nnx.Module):
+    """Without running statistics, and without dropout that `eval` would have to turn off."""
+
+    def __init__(self):
+        self.layer = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.layer(x)
+
+
+def unperturbed_by_hand(make, steps):
+    """One-pass Monge SAM (eq. 9) with SGD: the params between the perturbations."""
+    loss, theta = as_function(make)
+    y = theta
+    for batch in BATCHES[:steps]:
+        g = jax.grad(loss)(y, batch)
+        theta = jax.tree.map(lambda p, x: p - 0.1 * x, theta, g)
+        n = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(g)))
+        y = jax.tree.map(lambda p, x, n=n: p + RHO * x / (n * jnp.sqrt(1 + n**2)), theta, g)
+    return theta, y
+
+
+def one_pass_step(model, optimizer, batch):
+    loss, grads = nnx.value_and_grad(loss_fn)(model, batch)
+    optimizer.update(model, grads)
+    return loss
+
+
+def one_pass(make, steps=5, donate=()):
+    model = make()
+    optimizer = nnx.Optimizer(model, ms.one_pass_sam(optax.sgd(0.1), rho=RHO), wrt=nnx.Param)
+    step = nnx.jit(one_pass_step, donate_argnums=donate)
+    for batch in BATCHES[:steps]:
+        step(model, optimizer, batch)
+    return model, optimizer, step
+
+
+def without_dropout():
+    return Network(rate=0.0)
+
+
+def predicted_by_hand(theta, x):
+    """Of `Network`, with the mean of all batches' statistics at theta, and without dropout."""
+    theta, x = jax.tree.map(np.asarray, (theta, x))
+    hidden = [np.asarray(batch["x"]) @ theta["hidden"]["kernel"] for batch in BATCHES]
+    mean = np.mean([np.mean(h, axis=0) for h in hidden], axis=0)
+    var = np.mean([np.var(h, axis=0) for h in hidden], axis=0)
+    normed = (x @ theta["hidden"]["kernel"] - mean) / np.sqrt(var + 1e-5)
+    out, norm = theta["out"], theta["norm"]
+    kernel = out["kernel"] + out["lora"]["lora_a"] @ out["lora"]["lora_b"]
+    return np.tanh(normed * norm["scale"] + norm["bias"]) @ kernel + out["bias"]
+
+
+def test_evaluation_model_equals_one_by_hand():
+    """Params, statistics and predictions; dropout is off although it is on in training."""
+    theta, y = unperturbed_by_hand(without_dropout, 5)
+    model, optimizer, _ = one_pass(without_dropout)
+    model.dropout.rate = 0.9
+    chex.assert_trees_all_close(nnx.to_pure_dict(nnx.state(model, nnx.Param)), y, atol=1e-5)
+    before = contents((model, optimizer))
+    evaluated = evaluation_model(
+        model, optimizer, forward=lambda m, b: m(b["x"]), batches=iter(BATCHES)
+    )
+    actual = nnx.to_pure_dict(nnx.state(evaluated, nnx.Param))
+    chex.assert_trees_all_close(actual, theta, atol=1e-5)
+    expected = predicted_by_hand(theta, BATCH["x"])
+    np.testing.assert_allclose(evaluated(BATCH["x"]), expected, atol=1e-4)
+    chex.assert_trees_all_equal(contents((model, optimizer)), before)
+    assert not model.dropout.deterministic
+    assert not model.norm.use_running_average
+    assert np.max(np.abs(model(BATCH["x"]) - expected)) > 0.1
+
+
+@pytest.mark.parametrize("donate", [(), (0, 1)], ids=["", "donated"])
+def test_training_goes_on_and_leaves_the_evaluation_model_alone(donate):
+    """Also where the steps give away the arrays of model and optimizer."""
+    options = {"forward": loss_fn, "batches": BATCHES}
+    model, optimizer, step = one_pass(Network, donate=donate)
+    evaluated = evaluation_model(model, optimizer, **options)
+    losses = [float(step(model, optimizer, batch)) for batch in BATCHES[5:8]]
+    # Not looked at before the steps: a view of an array would keep it from being given away.
+    before = evaluation_model(*one_pass(Network)[:2], **options)
+    chex.assert_trees_all_equal(contents(evaluated), contents(before))
+    expected, expected_optimizer, step = one_pass(Network, donate=donate)
+    expected_losses = [float(step(expected, expected_optimizer, b)) for b in BATCHES[5:8]]
+    assert losses == expected_losses
+    chex.assert_trees_all_equal(contents(model), contents(expected))
+
+
+def test_a_model_without_statistics_needs_no_batches():
+    theta, _ = unperturbed_by_hand(Plain, 3)
+    model, optimizer, _ = one_pass(Plain, steps=3)
+    for options in ({}, {"batches": BATCHES}):
+        evaluated = evaluation_model(model, optimizer, **options)
+        assert type(evaluated) is Plain
+        actual = nnx.to_pure_dict(nnx.state(evaluated, nnx.Param))
+        chex.assert_trees_all_close(actual, theta, atol=1e-6)
+
+
+def test_the_optimizer_knows_which_params_are_its_own():
+    """Of a tuple of models; the others' params are as they were."""
+
+    def loss(models, batch):
+        return jnp.mean((models[0](batch["x"]) + models[1](batch["x"]) - batch["y"]) ** 2)
+
+    models, wrt = (Plain(), without_dropout()), nnx.All(nnx.Param, nnx.PathContains("layer"))
+    tx = ms.one_pass_sam(optax.sgd(0.1), rho=RHO)
+    optimizer = nnx.Optimizer(models, tx, wrt=wrt)
+    kernel = models[0].layer.kernel[...]
+    g = nnx.grad(loss, argnums=nnx.DiffState(0, wrt))(models, BATCH)
+    optimizer.update(models, g)
+    evaluated = evaluation_model(models, optimizer, statistics=False)
+    step = jax.tree.leaves(g, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    step = next(x[...] for x in step if x[...].shape == (3, 2))
+    np.testing.assert_allclose(evaluated[0].layer.kernel[...], kernel - 0.1 * step, rtol=1e-5)
+    chex.assert_trees_all_equal(contents(evaluated[1]), contents(models[1]))
+    assert evaluated[1].norm.use_running_average
+    assert not models[1].norm.use_running_average
+
+
+def test_statistics_without_batches_are_an_error_whose_advice_works():
+    model, optimizer, _ = one_pass(Network)
+    message = r"evaluation_model\(model, optimizer, batches=\.\.\.\), or statistics=False"
+    with pytest.raises(ValueError, match=message):
+        evaluation_model(model, optimizer)
+    kept = evaluation_model(model, optimizer, statistics=False)
+    np.testing.assert_array_equal(kept.norm.mean[...], model.norm.mean[...])
+    with pytest.raises(ValueError, match="no batch"):
+        evaluation_model(model, optimizer, batches=[])
+    taken = evaluation_model(model, optimizer, forward=loss_fn, batches=BATCHES[:2])
+    assert np.max(np.abs(taken.norm.mean[...] - model.norm.mean[...])) > 1e-3
+
+
+def test_a_model_out_of_training_mode_is_an_error_whose_advice_works():
+    model, optimizer, _ = one_pass(Network)
+    options = {"forward": loss_fn, "batches": BATCHES[:2]}
+    expected = contents(evaluation_model(model, optimizer, **options))
+    model.eval()
+    with pytest.raises(ValueError, match=r"model\.train\(\) in NNX"):
+        evaluation_model(model, optimizer, **options)
+    model.train()
+    chex.assert_trees_all_equal(contents(evaluation_model(model, optimizer, **options)), expected)
+
+
+def test_unperturbed_params_of_an_nnx_optimizer_as_it_stands():
+    """What `refresh_batch_stats` says to do, on a copy."""
+    model, optimizer, _ = one_pass(without_dropout)
+    copy = nnx.clone(model)
+    params = ms.unperturbed_params(optimizer.opt_state, nnx.state(copy, nnx.Param))
+    chex.assert_trees_all_equal_structs(params, nnx.state(copy, nnx.Param))
+    nnx.update(copy, params)
+    refresh_batch_stats(loss_fn, copy, BATCHES)
+    copy.eval()
+    theta, _ = unperturbed_by_hand(without_dropout, 5)
+    expected = predicted_by_hand(theta, BATCH["x"])
+    np.testing.assert_allclose(copy(BATCH["x"]), expected, atol=1e-4)
 
 
 # Saved and restored

@@ -98,7 +98,7 @@ def test_statistics_that_are_no_average_are_an_error():
     update_fn, params, statistics = setup()
     with pytest.raises(ValueError, match="no batch"):
         ms.refresh_running_statistics(update_fn, params, statistics, [])
-    with pytest.raises(ValueError, match="Is update_fn in training mode"):
+    with pytest.raises(ValueError, match="Run the model in training mode"):
         ms.refresh_running_statistics(lambda p, s, b: s, params, statistics, BATCHES)
     with pytest.raises(ValueError, match=r"\['count'\] are no running average"):
         ms.refresh_running_statistics(
@@ -107,6 +107,38 @@ def test_statistics_that_are_no_average_are_an_error():
             {"count": jnp.ones(3)},
             BATCHES,
         )
+
+
+def test_what_the_message_advises_works():
+    """Linen and NNX; a frozen layer's statistics left out, in NNX by a filter of paths."""
+    update_fn, params, statistics = setup()
+    model = TwoLayers(0.9)
+
+    def evaluating(params, statistics, batch):
+        inputs = {"params": params, "batch_stats": statistics}
+        return model.apply(inputs, batch, train=False, mutable=["batch_stats"])[1]["batch_stats"]
+
+    with pytest.raises(ValueError, match="use_running_average=False in Linen"):
+        ms.refresh_running_statistics(evaluating, params, statistics, BATCHES)
+    ms.refresh_running_statistics(update_fn, params, statistics, BATCHES)
+
+    rngs = nnx.Rngs(0)
+    frozen = nnx.BatchNorm(5, use_running_average=True, rngs=rngs)
+    model = nnx.Sequential(frozen, nnx.BatchNorm(5, rngs=rngs))
+    frozen.mean[...] = jnp.full(5, 2.0)
+    forward = lambda model, batch: model(batch)  # noqa: E731
+    with pytest.raises(ValueError, match="leave out the statistics of frozen layers"):
+        refresh_batch_stats(forward, model, BATCHES)
+    trained = nnx.All(nnx.BatchStat, lambda path, _: path[:2] == ("layers", 1))
+    refresh_batch_stats(forward, model, BATCHES, statistics=trained)
+    np.testing.assert_array_equal(frozen.mean[...], 2.0)
+    expected = np.mean([(np.asarray(x) - 2.0) / np.sqrt(1 + 1e-5) for x in BATCHES], axis=(0, 1))
+    np.testing.assert_allclose(model.layers[1].mean[...], expected, rtol=1e-4)
+    model.eval()
+    with pytest.raises(ValueError, match=r"model\.train\(\) in NNX"):
+        refresh_batch_stats(forward, model, BATCHES, statistics=trained)
+    model.layers[1].train()
+    refresh_batch_stats(forward, model, BATCHES, statistics=trained)
 
 
 def test_nnx_model_in_place():
