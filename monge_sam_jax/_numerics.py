@@ -25,6 +25,11 @@ def rounded(x: jax.Array) -> jax.Array:
     """`x`, in its own precision also where XLA would go on in float32 with one of 16 bits."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating) or jnp.finfo(x.dtype).bits >= 32:
         return x
+    return _as_it_is(x)
+
+
+def _as_it_is(x: jax.Array) -> jax.Array:
+    """`x`, of its own dtype, in an operation of its own."""
     info = jnp.finfo(x.dtype)
     return jax.lax.reduce_precision(x, info.nexp, info.nmant)
 
@@ -63,10 +68,11 @@ def inner_product(a: PyTree, b: PyTree, dtype: jnp.dtype) -> jax.Array:
         return x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
 
     pairs = list(zip(*(jax.tree.leaves(tree) for tree in (a, b)), strict=True))
-    terms = [
-        jnp.sum(_pairwise_sum([products(x, y) for x, y in alike], dtype))
-        for alike in _by_shape(pairs)
-    ]
+    terms = []
+    for alike in _by_shape(pairs):
+        entries = _pairwise_sum([products(x, y) for x, y in alike], dtype)
+        # This changes nothing, and keeps XLA's reductions on CPU from a copy of every factor.
+        terms.append(jnp.sum(_as_it_is(entries)))
     return _pairwise_sum(terms, dtype)
 
 

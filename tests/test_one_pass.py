@@ -349,23 +349,25 @@ def test_rho_zero_for_steps_of_any_size(dtype):
     assert dtype == jnp.float32 or np.any(naive != p - g)
 
 
-def test_theta_is_that_of_the_base_optimizer_in_a_compiled_step():
-    """XLA rounds once in p - 0.3 g there, and does so in both.
-
-    Bit for bit where theta is as large as the perturbation; elsewhere in the precision of that.
-    """
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_theta_is_that_of_the_base_optimizer_in_a_compiled_step(dtype):
+    """Up to the rounding of y; with 16 bits bit for bit, unless delta is about as large."""
     rng = np.random.default_rng(0)
-    p, g = jnp.asarray(rng.normal(size=(2, 10_000)), jnp.float32)
-    base = optax.sgd(0.3)
+    p, g = jnp.asarray(rng.normal(size=(2, 10_000)), dtype)
+    base = optax.sgd(0.25)
     (y, state), (expected, _) = (
         compiled(tx)(p, tx.init(p), g)
         for tx in (one_pass_sam(base, metric=ms.euclidean(), rho=50.0), base)
     )
-    theta, delta = unperturbed_params(state, y), np.abs(state.delta)
-    larger = np.abs(expected) >= delta
-    assert 5_000 < np.sum(larger) < 9_900
-    np.testing.assert_array_equal(theta[larger], expected[larger])
-    assert np.all(np.abs(theta - expected) <= np.spacing(delta))
+    theta = unperturbed_params(state, y)
+    theta, expected, y, delta = (np.asarray(x, float) for x in (theta, expected, y, state.delta))
+    largest = np.max(np.abs([theta, expected, y, delta]), axis=0)
+    units = jnp.finfo(dtype).eps * 2.0 ** np.floor(np.log2(largest))
+    assert np.all(np.abs(theta - expected) <= units)
+    larger = np.abs(expected) >= 2 * np.abs(delta)
+    assert 3_000 < np.sum(larger) < 9_900
+    if dtype == jnp.bfloat16:
+        np.testing.assert_array_equal(theta[larger], expected[larger])
 
 
 # --- arguments ---
