@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 Builder = TypeVar("Builder", bound=Callable[..., Any])
-FUNCTIONS = ("grad_fn", "mask")
+FUNCTIONS = ("grad_fn", "mask", "when")
 NOT_A_SCHEDULE = (
     "optax.inject_hyperparams takes every function for a schedule of the count: tell it which are "
     'none, optax.inject_hyperparams(monge_sam, static_args=("grad_fn", "mask"))(...)'

@@ -7,6 +7,7 @@ to order one first.
 
 import functools
 import numbers
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,14 @@ def as_arrays(tree: PyTree) -> PyTree:
     """`tree` with arrays in place of Python numbers."""
     is_number = lambda x: isinstance(x, numbers.Number) and not hasattr(x, "dtype")  # noqa: E731
     return jax.tree.map(lambda x: jnp.asarray(x) if is_number(x) else x, tree)
+
+
+def without_variables(tree: PyTree) -> PyTree:
+    """`tree` with arrays in place of the `Variable`s of Flax NNX."""
+    nnx = sys.modules.get("flax.nnx")  # no Variable is there before Flax is
+    if nnx is None:
+        return tree
+    return nnx.as_pure(tree) if hasattr(nnx, "as_pure") else nnx.pure(tree)  # Flax before 0.12
 
 
 def rounded(x: jax.Array) -> jax.Array:

@@ -97,9 +97,11 @@ def check_surroundings(is_link: Callable[[Any], bool], params: Any) -> None:
             raise ValueError(ONE_LINK)
 
 
-def check_last(is_link: Callable[[Any], bool]) -> None:
-    """Raises ValueError if a link of a chain comes after the caller's, which is of that kind."""
+def check_last(is_link: Callable[[Any], bool], is_other: Callable[[Any], bool]) -> None:
+    """Raises ValueError if a link of a chain comes after the caller's, or one of another kind."""
     for around in surroundings():
+        if any(count_links(is_other, tree) for tree in around.trees):
+            raise ValueError(ONE_LINK)
         if any(is_followed(is_link, tree) for tree in around.trees):
             raise ValueError(LAST)
 

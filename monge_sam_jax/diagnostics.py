@@ -62,6 +62,12 @@ class MeasuredDiagnostics(NamedTuple):
     realised_norm: jax.Array
 
 
+def no_diagnostics(*, measure: bool = False) -> Any:
+    """Those of no perturbation: zeros."""
+    kind = MeasuredDiagnostics if measure else Diagnostics
+    return kind(*(jnp.zeros((), jnp.float32) for _ in kind._fields))
+
+
 def get_diagnostics(opt_state: chex.ArrayTree) -> Diagnostics | MeasuredDiagnostics:
     """The diagnostics of the sharpness-aware transformation somewhere inside an Optax state.
 

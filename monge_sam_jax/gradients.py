@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from monge_sam_jax._batches import part_of_batch
 from monge_sam_jax._checks import check_nonnegative
+from monge_sam_jax.diagnostics import no_diagnostics
 from monge_sam_jax.metrics import Grads, Metric, Params
 from monge_sam_jax.perturbation import (
     AxisName,
@@ -16,7 +17,7 @@ from monge_sam_jax.perturbation import (
     check_ball,
     check_mask,
     init_metric,
-    robust_gradient,
+    robust_gradient_when,
 )
 
 
@@ -28,6 +29,7 @@ def sharpness_aware_value_and_grad(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     mask: Mask = None,
+    when: bool | jax.Array = True,
     diagnostics: bool = False,
     measure: bool = False,
     widen_params: bool = False,
@@ -56,6 +58,9 @@ def sharpness_aware_value_and_grad(
         `jax.value_and_grad`.
       has_aux: whether `loss_fn` returns (scalar, aux).
       mask: as in `sharpness_aware`, over the differentiated argument, or the tuple of them.
+      when: whether to perturb, a bool that may be traced, such as `step >= 9000`: where it is not,
+        the gradient is the ordinary one, for the price of one, and the diagnostics are zeros. The
+        conditional that a traced one takes makes the gradients of convolutions slow on CPU.
       diagnostics: whether to append a `Diagnostics` to what is returned.
       measure: whether it is a `MeasuredDiagnostics`.
       widen_params: as in `sharpness_aware`.
@@ -98,6 +103,12 @@ def sharpness_aware_value_and_grad(
     check_nonnegative("ascent_batch_fraction", ascent_batch_fraction)
     if not 0 < ascent_batch_fraction <= 1:
         raise ValueError(f"ascent_batch_fraction must be in (0, 1], got {ascent_batch_fraction!r}")
+    if ascent_batch_fraction < 1 and when is not True:
+        raise ValueError(
+            "with ascent_batch_fraction, steps without a perturbation would descend along the "
+            "gradient of a part of the batch: leave when out, and take turns with "
+            "jax.value_and_grad in a jax.lax.cond of your own"
+        )
     differentiate = value_and_grad(loss_fn, argnums=argnums, has_aux=has_aux)
 
     def differentiate_on_part(*args: Any, **kwargs: Any) -> Any:
@@ -117,12 +128,14 @@ def sharpness_aware_value_and_grad(
             return conjugate(differentiate(*_replace(args, argnums, params), **kwargs)[1])
 
         params = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in argnums)
-        robust = robust_gradient(
+        robust = robust_gradient_when(
+            when,
             ascent_at,
             conjugate(grads),
             params,
             metric=metric,
             metric_state=init_metric(metric, mask, params),
+            last=no_diagnostics(measure=measure),
             rho=rho,
             mask=mask,
             measure=measure,

@@ -25,7 +25,7 @@ from monge_sam_jax.diagnostics import Diagnostics, MeasuredDiagnostics, get_diag
 from monge_sam_jax.gradients import sharpness_aware_value_and_grad
 from monge_sam_jax.loss_scaling import loss_scaled, update_dynamic_scale
 from monge_sam_jax.metrics import Grads, Metric, Params
-from monge_sam_jax.perturbation import AxisName, Mask
+from monge_sam_jax.perturbation import AxisName, Mask, When, check_when
 from monge_sam_jax.transforms import SharpnessAwareState
 
 PyTree = Any
@@ -35,6 +35,7 @@ class Options(TypedDict, total=False):
     """Options of `make_train_step` that describe the perturbation of its metric."""
 
     rho: chex.Numeric | optax.Schedule
+    when: When | None
     mask: Mask
     measure: bool
     widen_params: bool
@@ -95,8 +96,9 @@ def make_train_step(
         and rngs: `jax.value_and_grad`, or `accumulated(k, axis=(None, 0, None))`, with which each
         micro-batch has its own dropout mask (for one that all share, let `loss_fn` close over a
         key).
-      **options: rho (0.05, or a schedule of the number of the step), mask, measure, widen_params
-        and sync_perturbation of `sharpness_aware_value_and_grad`, for the metric.
+      **options: rho (0.05, or a schedule of the number of the step), when (a function of the number
+        of the step that returns a bool; None for every step), mask, measure, widen_params and
+        sync_perturbation of `sharpness_aware_value_and_grad`, for the metric.
 
     Returns:
       The step.
@@ -137,19 +139,20 @@ def make_train_step(
             )
         evaluate = functools.partial(_evaluate_for_chain, axis_name=axis_name)
     else:
-        rho = options.pop("rho", 0.05)
+        rho, when = options.pop("rho", 0.05), options.pop("when", None)
+        check_when(when)
         robust_value_and_grad = functools.partial(
             sharpness_aware_value_and_grad,
             metric=metric,
             has_aux=True,
             diagnostics=True,
             axis_name=axis_name,
-            **options,
+            **options,  # type: ignore[arg-type]  # without rho and when
         )
         # Called here too, so that wrong arguments are found before the first step.
         robust_value_and_grad(loss_fn, rho=0.0 if callable(rho) else rho)
         evaluate = functools.partial(
-            _evaluate_robust, robust_value_and_grad, rho, axis_name=axis_name
+            _evaluate_robust, robust_value_and_grad, rho, when, axis_name=axis_name
         )
     total_loss = functools.partial(_total_loss, loss_fn)
 
@@ -223,6 +226,7 @@ def _evaluate_for_chain(
 def _evaluate_robust(
     robust_value_and_grad: Callable[..., Any],
     rho: chex.Numeric | optax.Schedule,
+    when: When | None,
     differentiate: Callable[..., Any],
     total_loss: Callable[..., Any],
     state: TrainState,
@@ -244,6 +248,7 @@ def _evaluate_robust(
     value_and_grad = robust_value_and_grad(
         total_loss,
         rho=rho(state.step) if callable(rho) else rho,
+        when=True if when is None else when(jnp.asarray(state.step)),
         value_and_grad=differentiate_and_keep,
     )
     output, grads, diagnostics = value_and_grad(_vary(state.params, axis_name), *inputs)

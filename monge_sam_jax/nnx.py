@@ -17,6 +17,7 @@ from flax import nnx
 from flax.nnx import filterlib
 
 from monge_sam_jax._collectives import make_varying
+from monge_sam_jax.diagnostics import no_diagnostics
 from monge_sam_jax.gradients import conjugate
 from monge_sam_jax.metrics import Grads, Metric, Params
 from monge_sam_jax.one_pass import unperturbed_params
@@ -26,7 +27,7 @@ from monge_sam_jax.perturbation import (
     check_ball,
     check_mask,
     init_metric,
-    robust_gradient,
+    robust_gradient_when,
 )
 from monge_sam_jax.running_statistics import refresh_running_statistics
 
@@ -44,6 +45,7 @@ def sharpness_aware_value_and_grad(
     wrt: filterlib.Filter = nnx.Param,
     has_aux: bool = False,
     mask: Mask = None,
+    when: bool | jax.Array = True,
     diagnostics: bool = False,
     measure: bool = False,
     widen_params: bool = False,
@@ -73,6 +75,7 @@ def sharpness_aware_value_and_grad(
       has_aux: whether `loss_fn` returns (scalar, aux).
       mask: as in `sharpness_aware`, over the `nnx.State` of the params. By path, it is
         `lambda params: nnx.map_state(lambda path, _: path[-1] == "kernel", params)`.
+      when: as in `monge_sam_jax.sharpness_aware_value_and_grad`.
       diagnostics: whether to append a `Diagnostics` to what is returned.
       measure: whether it is a `MeasuredDiagnostics`.
       widen_params: as in `sharpness_aware`.
@@ -128,12 +131,14 @@ def sharpness_aware_value_and_grad(
         if axis_name is not None:
             nnx.update(model, params)
             _check_local(value[0] if has_aux else value, axis_name)
-        robust = robust_gradient(
+        robust = robust_gradient_when(
+            when,
             second,
             conjugate(_as_pure(nnx.state(grads))),
             params,
             metric=metric,
             metric_state=init_metric(metric, mask, params),
+            last=no_diagnostics(measure=measure),
             rho=rho,
             mask=mask,
             measure=measure,

@@ -5,7 +5,6 @@ gradient is needed: the params in the training loop are the perturbed ones,
 :math:`y_t = \theta_t + \delta_t`, and an ordinary gradient is the one that is wanted.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -25,23 +24,19 @@ from monge_sam_jax._numerics import (
     scaled_norm,
     tree_scale,
     widen,
+    without_variables,
     working_dtype,
 )
-from monge_sam_jax._surroundings import (
-    LAST,
-    ONE_LINK,
-    check_last,
-    count_links,
-    is_followed,
-    surroundings,
-)
-from monge_sam_jax.diagnostics import Diagnostics, diagnose
+from monge_sam_jax._surroundings import LAST, check_last, count_links, is_followed
+from monge_sam_jax.diagnostics import Diagnostics, diagnose, no_diagnostics
 from monge_sam_jax.metrics import Grads, Metric, Params, State, monge
 from monge_sam_jax.perturbation import (
     Mask,
+    When,
     ascent_multiple,
     check_ball,
     check_mask,
+    check_when,
     chosen_leaves,
     select,
 )
@@ -82,6 +77,7 @@ def one_pass_sam(
     rho: chex.Numeric | optax.Schedule = 0.05,
     direction: Direction = "gradient",
     mask: Mask = None,
+    when: When | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an optimizer so that every gradient is taken at perturbed params, without a second.
 
@@ -132,6 +128,8 @@ def one_pass_sam(
         metric takes the momentum for the gradient: a trace with decay b is up to 1 / (1 - b) times
         as long, and `alpha` can make up for that.
       mask: which leaves are perturbed, as in `sharpness_aware`; nothing is kept of the others.
+      when: a function of the number of the update, 1, 2, ..., that returns a bool: where it is not
+        true, the gradient of that update is taken at rho = 0, at the unperturbed params.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a `OnePassState`. Updates are in the dtype of
@@ -161,13 +159,18 @@ def one_pass_sam(
     """
     if not isinstance(base_optimizer, optax.GradientTransformation):
         raise TypeError(f"base_optimizer must be an Optax optimizer, got {base_optimizer!r}")
-    mask = unfixed(mask)
+    mask, when = unfixed(mask), unfixed(when)
     check_mask(mask)
+    check_when(when)
     check_ball(metric, rho, schedule_allowed=True)
     if direction not in get_args(Direction):
         raise ValueError(f"direction must be 'gradient' or 'momentum', got {direction!r}")
     base = optax.with_extra_args_support(base_optimizer)
     use_momentum = direction == "momentum"
+
+    def radius(count: jax.Array) -> chex.Numeric:
+        now = rho(count) if callable(rho) else rho
+        return now if when is None else jnp.where(when(count), now, 0.0)
 
     def layout(chosen: Any, params: Params) -> Params:
         """What the state keeps of delta: of some leaves nothing."""
@@ -201,7 +204,7 @@ def one_pass_sam(
             delta=jax.tree.map(jnp.zeros_like, kept),
             multiple=jnp.zeros((), working_dtype(perturbed)),
             inverse_scale=jnp.zeros((), working_dtype(perturbed)),
-            diagnostics=Diagnostics(*(jnp.zeros((), jnp.float32) for _ in Diagnostics._fields)),
+            diagnostics=no_diagnostics(),
         )
 
     def update(
@@ -211,9 +214,7 @@ def one_pass_sam(
         if params is None:
             raise ValueError("one_pass_sam needs the params: tx.update(grads, state, params)")
         check_state(state, OnePassState, "one_pass_sam")
-        if any(count_links(_is_two_pass, x) for around in surroundings() for x in around.trees):
-            raise ValueError(ONE_LINK)
-        check_last(_is_one_pass)
+        check_last(_is_one_pass, _is_two_pass)
         params = as_arrays(params)
         check_params_and_gradient(_without_masked(params), _without_masked(grads))
         chosen = chosen_leaves(mask, params)
@@ -233,7 +234,7 @@ def one_pass_sam(
             jax.tree.map(lambda x: widen(x, dtype), g),
             select(chosen, theta),
             state.metric_state,
-            rho(count) if callable(rho) else rho,
+            radius(count),
         )
         # Leaves that are not perturbed do not enter the norm, but are part of the gradient:
         # `finite` is exactly one, or NaN.
@@ -293,7 +294,7 @@ def unperturbed_params(opt_state: chex.ArrayTree, params: Params) -> Params:
     >>> unperturbed_params(state, params)
     Array([0. , 1.5], dtype=float32)
     """
-    opt_state, theta = _without_variables(opt_state), as_arrays(_without_variables(params))
+    opt_state, theta = without_variables(opt_state), as_arrays(without_variables(params))
     found = optax.tree.get_all_with_path(opt_state, OnePassState.__name__)
     if not found:
         raise ValueError("found no state of one_pass_sam in opt_state; did it make the optimizer?")
@@ -390,11 +391,3 @@ def _map_kept(function: Callable[..., Any], kept: Params, *trees: Any) -> Any:
 def _without_masked(tree: Any) -> Any:
     """`tree` with None for what Optax has masked."""
     return _map_kept(lambda x: None if is_marker(x) else x, tree)
-
-
-def _without_variables(tree: Any) -> Any:
-    """`tree` with arrays in place of the `Variable`s of Flax NNX."""
-    nnx = sys.modules.get("flax.nnx")  # no Variable is there before Flax is
-    if nnx is None:
-        return tree
-    return nnx.as_pure(tree) if hasattr(nnx, "as_pure") else nnx.pure(tree)  # Flax before 0.12

@@ -29,6 +29,7 @@ from monge_sam_jax.metrics import Ascent, Grads, Metric, Params, State
 # A tree of bools, a prefix of the params; or a function of the params that returns one.
 Mask: TypeAlias = Any
 AxisName: TypeAlias = Hashable
+When: TypeAlias = Callable[[jax.Array], "bool | jax.Array"]  # of the number of updates so far
 
 
 def check_ball(metric: Any, rho: Any, *, schedule_allowed: bool) -> None:
@@ -55,6 +56,12 @@ def check_mask(mask: Mask) -> None:
             f"mask={mask!r} leaves nothing to perturb: it must be a tree of bools, or a function "
             f"of the params that returns one. {NOT_A_SCHEDULE}"
         )
+
+
+def check_when(when: Any) -> None:
+    """Raises TypeError unless it is None or a function."""
+    if when is not None and not callable(when):
+        raise TypeError(f"when must be a function of the count, got {when!r}. {NOT_A_SCHEDULE}")
 
 
 def worst_case_perturbation(
@@ -110,6 +117,37 @@ class RobustGradient(NamedTuple):
     grads: Grads
     metric_state: State
     diagnostics: Diagnostics | MeasuredDiagnostics
+
+
+def robust_gradient_when(
+    when: bool | jax.Array,
+    grad_fn: Callable[[Params], Grads],
+    grads: Grads,
+    params: Params,
+    *,
+    metric_state: State,
+    last: Diagnostics | MeasuredDiagnostics,
+    axis_name: AxisName | None = None,
+    **options: Any,
+) -> RobustGradient:
+    """`robust_gradient` where `when` is true; elsewhere `grads`, for the price of one gradient.
+
+    `last` are the diagnostics that it keeps then.
+    """
+
+    def perturb() -> RobustGradient:
+        return robust_gradient(
+            grad_fn, grads, params, metric_state=metric_state, axis_name=axis_name, **options
+        )
+
+    def pass_on() -> RobustGradient:
+        own = as_arrays(grads)
+        mean = own if axis_name is None else jax.lax.pmean(own, axis_name)
+        return RobustGradient(mean, metric_state, last)
+
+    if isinstance(when, (bool, np.bool_)):
+        return perturb() if when else pass_on()
+    return jax.lax.cond(when, perturb, pass_on)
 
 
 def robust_gradient(

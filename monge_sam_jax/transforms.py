@@ -12,7 +12,7 @@ import optax
 from monge_sam_jax._checks import bind_grad_fn, check_state
 from monge_sam_jax._injection import NOT_A_SCHEDULE, Builder, injectable, unfixed
 from monge_sam_jax._surroundings import check_surroundings
-from monge_sam_jax.diagnostics import Diagnostics, MeasuredDiagnostics
+from monge_sam_jax.diagnostics import Diagnostics, MeasuredDiagnostics, no_diagnostics
 from monge_sam_jax.metrics import (
     Grads,
     Metric,
@@ -26,11 +26,12 @@ from monge_sam_jax.metrics import (
 from monge_sam_jax.perturbation import (
     AxisName,
     Mask,
-    RobustGradient,
+    When,
     check_ball,
     check_mask,
+    check_when,
     init_metric,
-    robust_gradient,
+    robust_gradient_when,
 )
 
 GradFn = Callable[..., Grads]
@@ -60,6 +61,7 @@ def sharpness_aware(
     axis_name: AxisName | None = None,
     sync_perturbation: bool = True,
     period: int = 1,
+    when: When | None = None,
     measure: bool = False,
     widen_params: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -101,6 +103,8 @@ def sharpness_aware(
       period: perturb at every period-th update, beginning with the first; the others pass the
         gradient on, and keep the diagnostics. A convolution's gradient inside the conditional that
         this takes is slow on CPU.
+      when: in place of a period, a function of the number of updates so far that returns a bool:
+        `lambda count: count >= 9000` perturbs the end of training alone.
       measure: keep `MeasuredDiagnostics`, at the cost of another pass over params and gradients.
       widen_params: hand `grad_fn` the perturbed params in float32 or wider, in place of rounding
         them to the dtype of the params, which may lose small perturbations.
@@ -130,21 +134,21 @@ def sharpness_aware(
     >>> updates
     Array([-0.001, -0.001], dtype=float32)
     """
-    grad_fn, mask = unfixed(grad_fn), unfixed(mask)
+    grad_fn, mask, when = unfixed(grad_fn), unfixed(mask), unfixed(when)
     if grad_fn is not None and not callable(grad_fn):
         raise TypeError(
             f"grad_fn must be a function of the params, got {grad_fn!r}. {NOT_A_SCHEDULE}"
         )
     check_mask(mask)
+    check_when(when)
     check_ball(metric, rho, schedule_allowed=True)
-    _check_period(period)
+    perturb_now = _when(when, period)
     builder_grad_fn = grad_fn
 
     def init(params: Params) -> SharpnessAwareState:
-        kind = MeasuredDiagnostics if measure else Diagnostics
-        zeros = kind(*(jnp.zeros((), jnp.float32) for _ in kind._fields))
+        none = no_diagnostics(measure=measure)
         metric_state = init_metric(metric, mask, params)
-        return SharpnessAwareState(jnp.zeros((), jnp.int32), metric_state, zeros)
+        return SharpnessAwareState(jnp.zeros((), jnp.int32), metric_state, none)
 
     def update(
         updates: Grads,
@@ -160,42 +164,40 @@ def sharpness_aware(
         given = builder_grad_fn if grad_fn is None else grad_fn
         second_grad_fn = bind_grad_fn(given, params, extra_args)
 
-        def perturb() -> RobustGradient:
-            return robust_gradient(
-                second_grad_fn,
-                grads,
-                params,
-                metric=metric,
-                metric_state=state.metric_state,
-                rho=rho(state.count) if callable(rho) else rho,
-                mask=mask,
-                measure=measure,
-                widen_params=widen_params,
-                axis_name=axis_name,
-                sync_perturbation=sync_perturbation,
-            )
-
-        def pass_on() -> RobustGradient:
-            mean = grads if axis_name is None else jax.lax.pmean(grads, axis_name)
-            return RobustGradient(mean, state.metric_state, state.diagnostics)
-
-        if isinstance(period, int) and period == 1:
-            robust = perturb()
-        else:
-            robust = jax.lax.cond(state.count % period == 0, perturb, pass_on)
+        robust = robust_gradient_when(
+            perturb_now(state.count),
+            second_grad_fn,
+            grads,
+            params,
+            metric=metric,
+            metric_state=state.metric_state,
+            last=state.diagnostics,
+            rho=rho(state.count) if callable(rho) else rho,
+            mask=mask,
+            measure=measure,
+            widen_params=widen_params,
+            axis_name=axis_name,
+            sync_perturbation=sync_perturbation,
+        )
         count = optax.safe_increment(state.count)
         return robust.grads, SharpnessAwareState(count, robust.metric_state, robust.diagnostics)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_period(period: Any) -> None:
-    if isinstance(period, jax.core.Tracer):
-        return
-    if isinstance(period, bool) or not jnp.issubdtype(jnp.result_type(period), jnp.integer):
-        raise TypeError(f"period must be an integer, got {period!r}")
-    if period < 1:
-        raise ValueError(f"period must be at least one, got {period!r}")
+def _when(when: When | None, period: Any) -> When:
+    """The function of the count that says whether to perturb."""
+    if not isinstance(period, jax.core.Tracer):
+        if isinstance(period, bool) or not jnp.issubdtype(jnp.result_type(period), jnp.integer):
+            raise TypeError(f"period must be an integer, got {period!r}")
+        if period < 1:
+            raise ValueError(f"period must be at least one, got {period!r}")
+    every_step = isinstance(period, int) and period == 1
+    if when is None:
+        return lambda count: every_step or count % period == 0
+    if isinstance(period, int) and not every_step:
+        raise ValueError(f"when and period={period} both say when to perturb: give one of the two")
+    return when
 
 
 class Options(TypedDict, total=False):
@@ -205,6 +207,7 @@ class Options(TypedDict, total=False):
     axis_name: AxisName | None
     sync_perturbation: bool
     period: int
+    when: When | None
     measure: bool
     widen_params: bool
 
@@ -233,7 +236,7 @@ def sam(
     Args:
       grad_fn: params -> gradient of the loss, as in `sharpness_aware`.
       rho: Euclidean length of the perturbation, in units of the params; a scalar or a schedule.
-      **options: mask, axis_name, sync_perturbation, period, measure and widen_params of
+      **options: mask, axis_name, sync_perturbation, period, when, measure and widen_params of
         `sharpness_aware`.
 
     Returns:
@@ -281,7 +284,7 @@ def monge_sam(
         can be, in units of the params; a scalar or a schedule.
       alpha: height of the loss surface, in 1 / (units of the loss): 0 is SAM, 1 the paper's M-SAM,
         and the larger, the closer to gradient descent.
-      **options: mask, axis_name, sync_perturbation, period, measure and widen_params of
+      **options: mask, axis_name, sync_perturbation, period, when, measure and widen_params of
         `sharpness_aware`.
 
     Returns:
@@ -323,7 +326,7 @@ def adaptive_sam(
       grad_fn: params -> gradient of the loss, as in `sharpness_aware`.
       rho: radius, a fraction of the params' size; a scalar or a schedule.
       eta: floor of the params' size, in the params' units.
-      **options: mask, axis_name, sync_perturbation, period, measure and widen_params of
+      **options: mask, axis_name, sync_perturbation, period, when, measure and widen_params of
         `sharpness_aware`.
 
     Returns:
@@ -366,7 +369,7 @@ def fisher_sam(
       grad_fn: params -> gradient of the mean loss, as in `sharpness_aware`.
       rho: radius of the ball in the metric; a scalar or a schedule.
       eta: weight of the Fisher information against the identity, in 1 / (units of g)^2.
-      **options: mask, axis_name, sync_perturbation, period, measure and widen_params of
+      **options: mask, axis_name, sync_perturbation, period, when, measure and widen_params of
         `sharpness_aware`.
 
     Returns:
