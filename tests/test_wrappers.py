@@ -568,8 +568,9 @@ def test_the_advice_to_two_links():
     np.testing.assert_allclose(flat(actual), x, rtol=1e-5)
 
 
-def optax_sam(optimizer):
-    return optax.contrib.sam(optimizer, optax.chain(optax.contrib.normalize(), optax.sgd(RHO)))
+def optax_sam(optimizer, **options):
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
+    return optax.contrib.sam(optimizer, ascent, **options)
 
 
 WITH_OPTAX_SAM = {
@@ -610,8 +611,9 @@ def test_two_optimizers_on_the_same_params_and_gradients(compile_with):
         np.testing.assert_allclose(flat(update), expected, rtol=1e-5)
 
 
-def test_training_inside_the_loss_of_an_outer_optimizer():
-    """Learning the start of an inner training with `sam`, by an outer `sam`."""
+@pytest.mark.parametrize("outer", ["ours", "optax.contrib.sam"])
+def test_training_inside_the_loss_of_an_outer_optimizer(outer):
+    """Learning the start of an inner training with `sam`, by an outer SAM."""
 
     def inner_training(params):
         tx = optax.chain(link(), optax.sgd(LEARNING_RATE))
@@ -624,10 +626,14 @@ def test_training_inside_the_loss_of_an_outer_optimizer():
     def loss(params):
         return sum(jnp.sum(p**2) for p in jax.tree.leaves(inner_training(params)))
 
-    tx = optax.chain(ms.sam(jax.grad(loss), rho=RHO), optax.sgd(1.0))
+    tx = optax.chain(ms.sam(rho=RHO), optax.sgd(1.0))
+    grad_fn = jax.grad(loss)
+    if outer == "optax.contrib.sam":
+        tx = optax_sam(optax.sgd(1.0), opaque_mode=True)
+        grad_fn = lambda params, _: jax.grad(loss)(params)  # noqa: E731
     params = start()
     grads = jax.grad(loss)(params)
-    updates, _ = tx.update(grads, tx.init(params), params)
+    updates, _ = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
     delta = ms.worst_case_perturbation(ms.euclidean(), grads, params, RHO)
     expected = jax.grad(loss)(jax.tree.map(jnp.add, params, delta))
     chex.assert_trees_all_close(updates, jax.tree.map(jnp.negative, expected), rtol=1e-6)
