@@ -188,7 +188,8 @@ CAUSES = (
     "flax.training's TrainState.apply_gradients (monge_sam_jax.linen has one that passes grad_fn "
     "on), optax.MultiSteps(...).gradient_transformation() and optax.lookahead around the "
     "transformation are the usual causes: call tx.update(grads, state, params, grad_fn=...) "
-    "yourself, with the transformation first in the chain"
+    "yourself, with the transformation first in the chain, or with optax.lookahead around it build "
+    "it with a grad_fn of the params alone"
 )
 OF_PARAMS_ALONE = "tx.update(grads, state, params, grad_fn=lambda params: grad_fn(params, ...))"
 RESERVED = ("updates", "state", "params", "grad_fn")  # what `update` itself takes by name

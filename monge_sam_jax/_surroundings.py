@@ -36,6 +36,12 @@ WRAPPERS = {
         "both gradients, sharpness_aware_value_and_grad(..., value_and_grad=accumulated(k)), "
         "before an optimizer without either"
     ),
+    "process": (
+        "optax.experimental.aggregating.process accumulates around a sharpness-aware "
+        "transformation: the first gradient would be that of all micro-batches and the second that "
+        "of the last one. Put the transformation first, optax.chain(monge_sam(grad_fn), "
+        "process(...)), where each micro-batch perturbs for itself"
+    ),
     "flatten": (
         "optax.flatten is around a sharpness-aware transformation, whose gradient function would "
         "get one long vector in place of the params: put the transformation first, "
@@ -48,8 +54,8 @@ WRAPPERS = {
         "optax.contrib.split_real_and_imaginary(optax.adamw(1e-3)))"
     ),
     "sam": (
-        "optax.contrib.sam is around a sharpness-aware transformation, and both would perturb: use "
-        "one of the two"
+        "optax.contrib.sam is in the optimizer of a sharpness-aware transformation, and both would "
+        "perturb: use one of the two; a radius for each group of leaves is metric=grouped(...)"
     ),
 }
 
@@ -68,47 +74,102 @@ class Surrounding(NamedTuple):
     trees: tuple[Any, ...]
 
 
-def surroundings() -> Iterator[Surrounding]:
-    """The functions of Optax that the caller was called by, the innermost first."""
+def surroundings(state: Any) -> Iterator[Surrounding]:
+    """The functions of Optax that the caller's update of `state` was called by, innermost first.
+
+    Beyond a function of the user's, which may be a wrapper or a training loop, those alone whose
+    arguments hold the very `state`.
+    """
     frame: FrameType | None = sys._getframe(1)
+    is_direct = True
     while frame is not None:
         package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package not in THROUGH:
-            return
+        is_direct &= package in THROUGH
         if package == "optax":
-            values, code = frame.f_locals, frame.f_code
-            arguments = (values.get(name) for name in code.co_varnames[: code.co_argcount])
-            trees = tuple(x for x in arguments if isinstance(x, (tuple, dict)))
-            yield Surrounding(code.co_qualname.partition(".")[0], values.get("self"), trees)
+            around = _surrounding(frame)
+            if is_direct or any(_holds(tree, state) for tree in around.trees):
+                yield around
         frame = frame.f_back
 
 
-def check_surroundings(is_link: Callable[[Any], bool], params: Any) -> None:
+def _surrounding(frame: FrameType) -> Surrounding:
+    values, code = frame.f_locals, frame.f_code
+    arguments = (values.get(name) for name in code.co_varnames[: code.co_argcount])
+    trees = tuple(x for x in arguments if isinstance(x, (tuple, dict)))
+    builder = code.co_qualname.partition(".")[0]
+    if builder == "named_chain":  # in Optax 0.2.5 a dict, which jax.jit sorts
+        names = [name for name, _ in values.get("transforms", ())]
+        trees = tuple(
+            tuple(tree[name] for name in names) if names and set(names) == set(tree) else tree
+            for tree in trees
+        )
+    return Surrounding(builder, values.get("self"), trees)
+
+
+def _holds(tree: Any, state: Any) -> bool:
+    is_state = lambda x: x is state  # noqa: E731
+    return any(map(is_state, jax.tree.leaves(tree, is_leaf=is_state)))
+
+
+def check_surroundings(is_link: Callable[[Any], bool], state: Any, params: Any) -> None:
     """Raises ValueError if the optimizer around the caller, such a link, cannot be right."""
-    for around in surroundings():
+    for around in surroundings(state):
         fits = around.builder not in WRAPPERS
         if around.builder == "MultiSteps":
-            fits = _steps(around.owner) == 1
+            fits = _is_one_step(around.owner)
+        elif around.builder == "process":
+            fits = not any(optax.tree.get_all_with_path(t, "ready") for t in around.trees)
         elif around.builder == "split_real_and_imaginary":
             fits = "SplitRealAndImaginaryArrays" not in str(jax.tree.structure(params))
         if not fits:
             raise ValueError(WRAPPERS[around.builder])
-        if any(count_links(is_link, tree) > 1 for tree in around.trees):
-            raise ValueError(ONE_LINK)
+        for tree in around.trees:
+            check_optax_sam(tree)
+            if count_links(is_link, tree) > 1:
+                raise ValueError(ONE_LINK)
 
 
-def check_last(is_link: Callable[[Any], bool], is_other: Callable[[Any], bool]) -> None:
-    """Raises ValueError if a link of a chain comes after the caller's, or one of another kind."""
-    for around in surroundings():
-        if any(count_links(is_other, tree) for tree in around.trees):
-            raise ValueError(ONE_LINK)
-        if any(is_followed(is_link, tree) for tree in around.trees):
-            raise ValueError(LAST)
+def check_last(is_link: Callable[[Any], bool], is_other: Callable[[Any], bool], state: Any) -> None:
+    """Raises ValueError if a link of a chain comes after the caller's, or one of another kind.
+
+    Several of the caller's kind may stand side by side, each for leaves of its own.
+    """
+    for around in surroundings(state):
+        if around.builder == "sam":
+            raise ValueError(WRAPPERS["sam"])
+        for tree in around.trees:
+            check_optax_sam(tree)
+            if count_links(is_other, tree) or _overlap(is_link, tree):
+                raise ValueError(ONE_LINK)
+            if is_followed(is_link, tree):
+                raise ValueError(LAST)
+
+
+def _overlap(is_link: Callable[[Any], bool], tree: Any) -> bool:
+    """Whether two states of one pass are for the same leaf."""
+    seen: set[Any] = set()
+    for link in filter(is_link, jax.tree.leaves(tree, is_leaf=is_link)):
+        own = jax.tree.leaves_with_path(link.delta, is_leaf=_is_masked)
+        paths = {path for path, leaf in own if type(leaf) is not optax.MaskedNode}
+        if seen & paths:
+            return True
+        seen |= paths
+    return False
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
 
 
 def count_links(is_link: Callable[[Any], bool], state: Any) -> int:
     """How many states of a kind there are in a tree."""
     return sum(map(is_link, jax.tree.leaves(state, is_leaf=is_link)))
+
+
+def check_optax_sam(state: Any) -> None:
+    """Raises ValueError if `optax.contrib.sam` is in an optimizer too."""
+    if count_links(lambda x: isinstance(x, optax.contrib.SAMState), state):
+        raise ValueError(WRAPPERS["sam"])
 
 
 def is_followed(is_link: Callable[[Any], bool], state: Any) -> bool:
@@ -134,8 +195,8 @@ def is_followed(is_link: Callable[[Any], bool], state: Any) -> bool:
     return any(is_followed(is_link, x) for x in nodes if is_node(x))
 
 
-def _steps(wrapper: Any) -> Any:
-    """The number of micro-batches of an `optax.MultiSteps`, None if it is not constant."""
-    schedule = getattr(wrapper, "_every_k_schedule", None)
-    every = None if schedule is None else schedule(0)
-    return every if isinstance(every, int) else None
+def _is_one_step(wrapper: Any) -> bool:
+    """Whether an `optax.MultiSteps` accumulates nothing: k is the number one, and no schedule."""
+    k = getattr(wrapper, "_every_k_schedule", None)
+    is_number = getattr(k, "__qualname__", "").startswith("MultiSteps.__init__")
+    return is_number and k is not None and k(0) == 1

@@ -136,7 +136,8 @@ def add_measurements(
     change = scaled_norm(jax.tree.map(jnp.subtract, second, first))
     changed = change.inverse_scale != 0
     curvature = inner_product(d.unit, change.unit, dtype) / d.unit_norm**2
-    curvature *= d.inverse_scale / jnp.where(changed, change.inverse_scale, 1.0)
+    scale = bounded_quotient(d.inverse_scale, jnp.where(changed, change.inverse_scale, 1.0))
+    curvature = jnp.sign(curvature) * bounded_product(scale, jnp.abs(curvature))
     return MeasuredDiagnostics(
         *basic, _report(cosine), _report(curvature), _report(scaled_norm(realised).norm)
     )

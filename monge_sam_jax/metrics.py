@@ -74,7 +74,8 @@ class Ascent(NamedTuple):
       tangent: v, any positive multiple of the natural gradient :math:`G^{-1} g`; shapes of the
         params, float32 or wider; zero where g is zero. Entries of order one are the safest.
       dual_norm: :math:`\|g\|_{G^{-1}} = \sqrt{g^\top G^{-1} g}`, scalar;
-        :math:`\rho` times it is :math:`g^\top \delta^*`.
+        :math:`\rho` times it is :math:`g^\top \delta^*`. One beyond the dtype's range is its
+        largest number.
       length: :math:`\|v\|_G = \sqrt{v^\top G v}`, scalar, not zero; one if v is a unit vector.
     """
 
@@ -105,7 +106,8 @@ class Metric(NamedTuple):
     isotropic: bool = False
 
 
-def _stateless(params: Params) -> State:
+def stateless(params: Params) -> State:
+    """`Metric.init` of a metric without state."""
     del params
     return ()
 
@@ -132,7 +134,7 @@ def euclidean() -> Metric:
         g = scaled_norm(grads)
         return Ascent(g.unit, dual_norm=g.norm, length=g.unit_norm), state
 
-    return Metric(_stateless, ascent, isotropic=True)
+    return Metric(stateless, ascent, isotropic=True)
 
 
 def adaptive(eta: chex.Numeric = 0.01) -> Metric:
@@ -178,7 +180,7 @@ def adaptive(eta: chex.Numeric = 0.01) -> Metric:
         dual_norm = bounded_product(h.divided(g.inverse_scale), jnp.asarray(8, dtype))
         return Ascent(tangent, dual_norm, length=h.unit_norm * h.scale), state
 
-    return Metric(_stateless, ascent)
+    return Metric(stateless, ascent)
 
 
 def diagonal_fisher(eta: chex.Numeric = 1.0) -> Metric:
@@ -226,7 +228,7 @@ def diagonal_fisher(eta: chex.Numeric = 1.0) -> Metric:
         tangent = jax.tree.map(divide_by_root, h.unit, grads)
         return Ascent(tangent, dual_norm=h.norm, length=h.unit_norm), state
 
-    return Metric(_stateless, ascent)
+    return Metric(stateless, ascent)
 
 
 def monge(base: Metric = euclidean(), alpha: chex.Numeric = 1.0) -> Metric:  # noqa: B008
@@ -334,4 +336,4 @@ def pullback(
         length = jnp.sqrt(jnp.maximum(inner_product(g.unit, v, dtype), jnp.finfo(dtype).tiny))
         return Ascent(v, dual_norm=g._replace(unit_norm=length).norm, length=length), state
 
-    return Metric(_stateless, ascent)
+    return Metric(stateless, ascent)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from monge_sam_jax import _surroundings as around
 from monge_sam_jax._checks import check_params, check_params_and_gradient, check_state
 from monge_sam_jax._injection import injectable, unfixed
 from monge_sam_jax._momentum import FromMomentum, find_momentum, is_from_momentum, is_marker
@@ -27,7 +28,6 @@ from monge_sam_jax._numerics import (
     without_variables,
     working_dtype,
 )
-from monge_sam_jax._surroundings import LAST, check_last, count_links, is_followed
 from monge_sam_jax.diagnostics import Diagnostics, diagnose, no_diagnostics
 from monge_sam_jax.metrics import Grads, Metric, Params, State, monge
 from monge_sam_jax.perturbation import (
@@ -38,11 +38,18 @@ from monge_sam_jax.perturbation import (
     check_mask,
     check_when,
     chosen_leaves,
+    fits_metric,
     select,
 )
 from monge_sam_jax.transforms import SharpnessAwareState
 
 Direction: TypeAlias = Literal["gradient", "momentum"]
+ANOTHER = (
+    "the state of one_pass_sam was made with another mask, direction or kind of metric, or for "
+    "other params. To go on from it, start at the unperturbed params: "
+    "params = unperturbed_params(old_state, params), and the state "
+    "tx.init(params)._replace(base_state=old_state.base_state)"
+)
 
 
 class OnePassState(NamedTuple):
@@ -190,10 +197,11 @@ def one_pass_sam(
         check_params(perturbed)
         kept = layout(chosen, params)
         base_state = base.init(params)
-        if any(count_links(is_kind, base_state) for is_kind in (_is_one_pass, _is_two_pass)):
+        around.check_optax_sam(base_state)
+        if any(around.count_links(is_kind, base_state) for is_kind in (_is_one_pass, _is_two_pass)):
             raise ValueError(
-                "the base optimizer is sharpness-aware itself, and both would perturb: give "
-                "one_pass_sam what comes after it in the chain"
+                "the base optimizer is sharpness-aware itself: give one_pass_sam what comes after "
+                f"it in the chain. As it is, {around.ONE_LINK}"
             )
         if use_momentum and jax.tree.leaves(params):
             find_momentum(base_state, kept, params)
@@ -214,12 +222,14 @@ def one_pass_sam(
         if params is None:
             raise ValueError("one_pass_sam needs the params: tx.update(grads, state, params)")
         check_state(state, OnePassState, "one_pass_sam")
-        check_last(_is_one_pass, _is_two_pass)
+        around.check_last(_is_one_pass, _is_two_pass, state)
         params = as_arrays(params)
         check_params_and_gradient(_without_masked(params), _without_masked(grads))
         chosen = chosen_leaves(mask, params)
         kept = layout(chosen, params)
-        _check_layout(kept, state.delta)
+        fits = fits_metric(metric, mask, params, state.metric_state)
+        if not (fits and _describe(kept) == _describe(state.delta)):
+            raise ValueError(ANOTHER)
 
         held = _held(state, params)
         theta = _subtract(params, held)
@@ -298,9 +308,10 @@ def unperturbed_params(opt_state: chex.ArrayTree, params: Params) -> Params:
     found = optax.tree.get_all_with_path(opt_state, OnePassState.__name__)
     if not found:
         raise ValueError("found no state of one_pass_sam in opt_state; did it make the optimizer?")
-    if is_followed(_is_one_pass, opt_state):
+    if around.is_followed(_is_one_pass, opt_state):
         raise ValueError(
-            f"{LAST}. If the tuple in opt_state is no chain's, give the state of one_pass_sam alone"
+            f"{around.LAST}. If the tuple in opt_state is no chain's, give the state of "
+            "one_pass_sam alone"
         )
     for _, state in found:
         theta = _unperturbed(state, theta)
@@ -359,20 +370,10 @@ def _perturb(
     return _Perturbation(delta, multiple, scaled, metric_state, diagnostics)
 
 
-def _check_layout(expected: Params, delta: Params) -> None:
-    """Raises ValueError unless the state keeps what this transformation would keep."""
-
-    def describe(tree: Params) -> list[Any]:
-        leaves = jax.tree.leaves(tree, is_leaf=is_marker)
-        return [type(x) if is_marker(x) else (jnp.shape(x), x.dtype) for x in leaves]
-
-    if describe(expected) != describe(delta):
-        raise ValueError(
-            "the state of one_pass_sam was made with another mask, direction or kind of metric, or "
-            "for other params. To go on from it, start at the unperturbed params: "
-            "params = unperturbed_params(old_state, params), and the state "
-            "tx.init(params)._replace(base_state=old_state.base_state)"
-        )
+def _describe(delta: Params) -> list[Any]:
+    """What the state keeps of every leaf."""
+    leaves = jax.tree.leaves(delta, is_leaf=is_marker)
+    return [type(x) if is_marker(x) else (jnp.shape(x), x.dtype) for x in leaves]
 
 
 def _is_one_pass(x: Any) -> bool:

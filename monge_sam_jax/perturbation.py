@@ -24,7 +24,7 @@ from monge_sam_jax.diagnostics import (
     add_measurements,
     diagnose,
 )
-from monge_sam_jax.metrics import Ascent, Grads, Metric, Params, State
+from monge_sam_jax.metrics import Ascent, Grads, Metric, Params, State, stateless
 
 # A tree of bools, a prefix of the params; or a function of the params that returns one.
 Mask: TypeAlias = Any
@@ -262,6 +262,16 @@ def init_metric(metric: Metric, mask: Mask, params: Params) -> State:
     """A fresh state of the metric, for the leaves that are perturbed."""
     params = as_arrays(params)
     return metric.init(select(chosen_leaves(mask, params), params))
+
+
+def fits_metric(metric: Metric, mask: Mask, params: Params, metric_state: State) -> bool:
+    """Whether the state is of the form that the metric would make."""
+    if metric.init is stateless:
+        expected = stateless(params)
+    else:
+        expected = jax.eval_shape(lambda p: init_metric(metric, mask, p), params)
+    structure: Any = jax.tree.structure(expected)
+    return structure == jax.tree.structure(metric_state)
 
 
 def select(chosen: Any, tree: Any) -> Any:

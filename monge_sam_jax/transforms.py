@@ -30,6 +30,7 @@ from monge_sam_jax.perturbation import (
     check_ball,
     check_mask,
     check_when,
+    fits_metric,
     init_metric,
     robust_gradient_when,
 )
@@ -160,8 +161,13 @@ def sharpness_aware(
     ) -> tuple[Grads, SharpnessAwareState]:
         grads = updates
         check_state(state, SharpnessAwareState, "sharpness_aware")
-        check_surroundings(lambda x: isinstance(x, SharpnessAwareState), params)
+        check_surroundings(lambda x: isinstance(x, SharpnessAwareState), state, params)
         given = builder_grad_fn if grad_fn is None else grad_fn
+        if params is not None and not fits_metric(metric, mask, params, state.metric_state):
+            raise ValueError(
+                "the state of the metric is that of another one: make the state of the "
+                "transformation anew, tx.init(params), and keep those of the other links"
+            )
         second_grad_fn = bind_grad_fn(given, params, extra_args)
 
         robust = robust_gradient_when(

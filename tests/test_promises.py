@@ -528,6 +528,11 @@ def test_perturbations_of_any_gradient_at_any_params(debugging, metric, size_of_
         g = g.astype(np.float32)
         g = np.where(np.abs(g) < np.finfo(np.float32).tiny, 0, g)  # subnormals count as zero
         grads = {"v": jnp.asarray(g[0]), "w": jnp.asarray(g[1:])}
+        if (
+            metric == "monge adaptive"
+            and np.linalg.norm((np.abs(p) + 0.1) * g.astype(float)) > 3e38
+        ):
+            continue  # the dual norm is out of range, and so counts as its largest number
         delta = flat(ms.worst_case_perturbation(METRICS[metric], grads, params, RHO))
         expected = exact(metric, g.astype(float), p.astype(float))
         # What is subnormal beside the largest entry may count as zero.

@@ -323,11 +323,11 @@ def test_lookahead_passes_no_batch_on():
     grads = gradient(pair.fast, BATCHES[0])
     around = optax.lookahead(optax.chain(ms.sam(gradient, rho=RHO), base()), 2, 0.5)
     with pytest.raises(
-        ValueError, match=r"grad_fn needs batch.*optax.lookahead.*first in the chain"
+        ValueError, match=r"grad_fn needs batch.*optax.lookahead around it.*of the params alone"
     ):
         around.update(grads, around.init(pair), pair)
-    tx = optax.chain(ms.sam(rho=RHO), optax.lookahead(base(), 2, 0.5))
-    updates, _ = tx.update(grads, tx.init(pair), pair, grad_fn=at_first_batch)
+    tx = optax.lookahead(optax.chain(ms.sam(at_first_batch, rho=RHO), base()), 2, 0.5)
+    updates, _ = tx.update(grads, tx.init(pair), pair)
     x = flat(pair.fast).astype(float)
     g = slope(x, BATCHES[0])
     expected = -LEARNING_RATE * slope(x + RHO * g / np.linalg.norm(g), BATCHES[0])
