@@ -42,6 +42,23 @@ def test_readme_commands_are_those_that_exist():
     assert "monge-sam" in PROJECT["scripts"]
 
 
+@pytest.mark.parametrize("file", [".ci/run", ".github/workflows/tests.yml"])
+def test_other_machines_run_the_test_command_of_the_readme(file):
+    readme = (ROOT / "README.md").read_text()
+    test = re.findall(r"^python3 -m venv .*$", readme, re.M)[1]
+    (pattern,) = re.findall(r"grep -m 1 '(.*)' README\.md", (ROOT / file).read_text())
+    assert re.search(pattern, readme, re.M)[0] == test.removesuffix(" -n auto")
+
+
+def test_the_workflow_begins_with_the_oldest_python():
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    (matrix,) = re.findall(r"python: \[(.*)\]", workflow)
+    versions = [tuple(map(int, version.split("."))) for version in re.findall(r'"(.*?)"', matrix)]
+    assert f">={versions[0][0]}.{versions[0][1]}" == PROJECT["requires-python"]
+    assert versions == [(3, minor) for minor in range(versions[0][1], versions[-1][1] + 1)]
+    assert len(versions) > 1
+
+
 def test_version_is_one_number():
     import monge_sam_jax
 
