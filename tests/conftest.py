@@ -1,3 +1,6 @@
+import ctypes
+import itertools
+
 import jax
 import pytest
 import xla_flags
@@ -12,6 +15,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # no TF32 on a GPU
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("fixed")
+
+
+FINISHED = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _free_programs():
+    """Compiled programs and traces take gigabytes in the end, and few are of use to later tests."""
+    yield
+    if next(FINISHED) % 50 == 0:
+        jax.clear_caches()
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # glibc does not give back by itself what was freed
+            libc.malloc_trim(0)
 
 
 @pytest.fixture
