@@ -277,7 +277,7 @@ def test_transformations():
 
 
 @pytest.mark.parametrize("n", [20_000, 50_000])
-def test_memory(n):
+def test_memory(on_cpu, n):
     """A few copies of the embeddings and a few blocks, never a matrix of n by n."""
     x = jax.ShapeDtypeStruct((n, 512), jnp.float32)
     block = alignment._BLOCK_ENTRIES // n

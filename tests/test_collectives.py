@@ -16,6 +16,8 @@ from trajectories import NAMES, make_mesh, spread, vary
 
 import monge_sam_jax as ms
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 WIDTH, DEVICES = 16, 8
 KINDS = (
     "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|"

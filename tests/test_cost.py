@@ -14,6 +14,8 @@ import pytest
 import monge_sam_jax as ms
 from monge_sam_jax.experiments import bench_measure, bench_models
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 TINY = float(jnp.finfo(jnp.float32).tiny)
 
 

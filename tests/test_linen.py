@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training.dynamic_scale import DynamicScale
 from flax.training.train_state import TrainState
+from jax import jit
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from reference import example_batch, example_params, network_grad, network_loss
@@ -24,9 +25,6 @@ from monge_sam_jax.linen import SharpnessAwareTrainState, make_train_step
 
 RHO, LEARNING_RATE, MOMENTUM, STEPS = 0.3, 0.1, 0.9, 20
 KEY = jax.random.PRNGKey(7)
-# Compiling takes nearly all the time of these tests; without optimisation it takes a fifth of that.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 
 
 class PlainState(TrainState):

@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from reference import CASES, dense_perturbation, example_batch, flat, relative_error
+from trajectories import cpu_devices
 
 import monge_sam_jax as ms
 
@@ -347,9 +348,9 @@ def test_unrolled_micro_batches_are_added_one_by_one():
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize(("how", "axis_name"), [*((how, None) for how in HOWS), ("scan", "data")])
-def test_inside_shard_map(how, check_vma, axis_name):
+def test_inside_shard_map(on_cpu, how, check_vma, axis_name):
     """Eight devices, two micro-batches each; outputs that vary over devices, and that do not."""
-    mesh = jax.sharding.Mesh(np.array(jax.local_devices(backend="cpu")[:8]), ("data",))
+    mesh = jax.sharding.Mesh(np.array(cpu_devices(8)), ("data",))
     batch = example_batch(64)
 
     def loss(params, batch):
@@ -383,10 +384,10 @@ def test_inside_shard_map(how, check_vma, axis_name):
 
 
 @pytest.mark.parametrize("explicit", [False, True])
-def test_sharded_batches_stay_where_they_are(how, explicit):
+def test_sharded_batches_stay_where_they_are(on_cpu, how, explicit):
     """Under jit over eight devices: equal to one device, and nobody gathers the batch."""
     kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
-    devices = np.array(jax.local_devices(backend="cpu")[:8])
+    devices = np.array(cpu_devices(8))
     mesh = jax.sharding.Mesh(devices, ("data",), axis_types=(kind,))
     fn = jax.jit(ms.m_sharpness(monge_value_and_grad, 4, how=how))
     batch = example_batch(64)

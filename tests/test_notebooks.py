@@ -1,6 +1,6 @@
 """Every notebook runs, in under a minute, and is what the script beside it says."""
 
-import time
+import resource
 from pathlib import Path
 
 import jupytext
@@ -26,12 +26,18 @@ def test_pairs_agree(script):
     assert not any(cell.get("outputs") for cell in notebook.cells)
 
 
+def kernels_seconds():
+    """Processor time of those that have ended: what others do on the machine does not enter."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning:zmq")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_notebook_runs(script):
     notebook = jupytext.read(script)
-    start = time.monotonic()
-    NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
-    assert time.monotonic() - start < 60
+    start = kernels_seconds()
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    assert 0.5 < kernels_seconds() - start < 60
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
     assert any("image/png" in out.get("data", {}) for out in outputs)

@@ -42,6 +42,23 @@ def test_readme_commands_are_those_that_exist():
     assert "monge-sam" in PROJECT["scripts"]
 
 
+@pytest.mark.parametrize("file", [".ci/run", ".github/workflows/tests.yml"])
+def test_other_machines_run_the_test_command_of_the_readme(file):
+    readme = (ROOT / "README.md").read_text()
+    test = re.findall(r"^python3 -m venv .*$", readme, re.M)[1]
+    (pattern,) = re.findall(r"grep -m 1 '(.*)' README\.md", (ROOT / file).read_text())
+    assert re.search(pattern, readme, re.M)[0] == test.removesuffix(" -n auto")
+
+
+def test_the_workflow_begins_with_the_oldest_python():
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    (matrix,) = re.findall(r"python: \[(.*)\]", workflow)
+    versions = [tuple(map(int, version.split("."))) for version in re.findall(r'"(.*?)"', matrix)]
+    assert f">={versions[0][0]}.{versions[0][1]}" == PROJECT["requires-python"]
+    assert versions == [(3, minor) for minor in range(versions[0][1], versions[-1][1] + 1)]
+    assert len(versions) > 1
+
+
 def test_version_is_one_number():
     import monge_sam_jax
 
@@ -59,7 +76,7 @@ def test_oldest_allowed_versions(tmp_path):
     install = [python, "-m", "pip", "install", "--quiet"]
     subprocess.run([*install, *oldest, *jaxlib, *cli, "pytest", "hypothesis"], check=True)
     subprocess.run([*install, "--no-deps", ROOT], check=True)
-    core = ["metrics", "contract", "transforms", "gradients", "parallel", "cost", "train"]
+    core = ["suite", "metrics", "contract", "transforms", "gradients", "parallel", "cost", "train"]
     files = [ROOT / "tests" / f"test_{name}.py" for name in core]
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     subprocess.run(command, check=True, cwd=tmp_path)

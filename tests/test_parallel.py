@@ -16,6 +16,7 @@ from trajectories import (
     assert_functional_form,
     batch_of,
     chain,
+    cpu_devices,
     follow,
     functional_form,
     initial_params,
@@ -32,6 +33,8 @@ from trajectories import (
 )
 
 import monge_sam_jax as ms
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 
@@ -104,7 +107,7 @@ def vmapped(step, **options):
 
 
 def pmapped(step, **options):
-    devices = jax.devices("cpu")[:8]
+    devices = cpu_devices(8)
     runs = start(initial_params(), lambda tx, params: tx.init(params))
     copy = jax.pmap(lambda runs, _: runs, axis_name="data", in_axes=(None, 0), devices=devices)
     mapped = jax.pmap(
@@ -246,7 +249,7 @@ def test_more_shards_have_longer_gradients():
     metrics = {"sam": ms.euclidean(), "monge_sam": ms.monge()}
     norms = {name: [] for name in metrics}
     for shards in (1, 2, 4, 8):
-        mesh = Mesh(np.array(jax.devices("cpu")[:shards]), ("data",))
+        mesh = Mesh(np.array(cpu_devices(shards)), ("data",))
 
         def diagnostics(params, batch, mesh=mesh):
             return {

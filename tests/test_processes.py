@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import xla_flags
 from trajectories import NAMES, assert_chain, assert_functional_form
 
 WORKER = Path(__file__).with_name("process_worker.py")
@@ -25,7 +26,7 @@ def run_workers(folder):
     """What process 0 wrote; raises if a process fails or takes too long."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+        "XLA_FLAGS": xla_flags.with_devices(DEVICES),
         "NO_PROXY": "127.0.0.1",
     }
     port, output = str(free_port()), folder / "ends.pickle"

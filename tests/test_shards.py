@@ -11,6 +11,8 @@ from trajectories import make_mesh, spread
 
 import monge_sam_jax as ms
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 # A shape says which param it is of, also beside adafactor's sums over rows and columns.
 SPECS = {"layer": {"w": P("data", "model"), "b": P("model")}, "table": P(None, "data"), "t": P()}
 

@@ -497,7 +497,7 @@ class Normalised(nn.Module):
 
 
 @pytest.mark.parametrize("sharding", ["data", "fsdp"])
-def test_sharded_training_is_that_of_one_device(sharding):
+def test_sharded_training_is_that_of_one_device(eight_devices, sharding):
     finished = []
     for layout in (None, sharding):
         problem = small_task(Normalised(), sharding=layout)
@@ -517,7 +517,9 @@ def test_sharded_training_is_that_of_one_device(sharding):
 
 
 @pytest.mark.parametrize("perturbation", ["synchronised", "per-shard"])
-def test_full_sharding_divides_params_and_momenta_along_the_largest_dimension(perturbation):
+def test_full_sharding_divides_params_and_momenta_along_the_largest_dimension(
+    eight_devices, perturbation
+):
     problem = small_task(models.MLP(classes=2, width=16), sharding="fsdp")
     optimizer = training.make_optimizer(
         "sam", optax.sgd(0.01, momentum=0.9), problem, perturbation=perturbation
@@ -542,7 +544,7 @@ def test_full_sharding_divides_params_and_momenta_along_the_largest_dimension(pe
 
 
 @pytest.mark.parametrize("sharding", ["data", "fsdp"])
-def test_each_shard_perturbs_for_itself(sharding):
+def test_each_shard_perturbs_for_itself(eight_devices, sharding):
     problem = small_task(shape=(16, 8), sharding=sharding)
     optimizer = training.make_optimizer(
         "monge_sam", optax.sgd(0.1), problem, rho=0.5, alpha=2.0, perturbation="per-shard"
@@ -567,7 +569,7 @@ def test_each_shard_perturbs_for_itself(sharding):
     np.testing.assert_allclose(vector, np.mean(logged, axis=0), rtol=1e-5)
 
 
-def test_options_reach_the_optimizers(tmp_path, monkeypatch):
+def test_options_reach_the_optimizers(eight_devices, tmp_path, monkeypatch):
     class EnoughError(Exception):
         pass
 
@@ -875,7 +877,6 @@ def test_the_convolutional_net_needs_images(shape, tmp_path, capsys):
         ("--optimizers", "--optimizers needs at least one name"),
         ("--optimizers sam sam", "--optimizers has a name twice: sam sam"),
         ("--checkpoint-every -1", "--checkpoint-every must be at least 0, got -1"),
-        ("--sharding data --batch-size 20", "--batch-size 20 cannot be divided among 8 devices"),
         ("--perturbation per-shard", "--perturbation per-shard needs --sharding data or fsdp"),
         ("--process-id 0", "--process-id needs --distributed"),
         ("--distributed --coordinator-address here", "must be host:port, got here"),
@@ -886,6 +887,12 @@ def test_the_convolutional_net_needs_images(shape, tmp_path, capsys):
 def test_bad_options_are_refused_in_one_line(options, message, tmp_path, capsys):
     line = error_line(capsys, *options.split(), "--output", str(tmp_path / "out"))
     assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused(eight_devices, tmp_path, capsys):
+    options = ("--sharding", "data", "--batch-size", "20", "--output", str(tmp_path / "out"))
+    assert "--batch-size 20 cannot be divided among 8 devices" in error_line(capsys, *options)
     assert not (tmp_path / "out").exists()
 
 

@@ -11,13 +11,11 @@ import time
 
 import numpy as np
 import pytest
+import xla_flags
 
-from monge_sam_jax.__main__ import main
 from monge_sam_jax.experiments import distributed
 
 PATIENCE = 120  # seconds for a run that takes ten on an idle machine
-# Two devices, and programs that compile faster than they run.
-XLA_FLAGS = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
 OPTIONS = (
     *("--optimizers", "monge_sam", "--rho", "0.5", "--learning-rate", "0.2"),
     *("--epochs", "4", "--seeds", "1", "--batch-size", "20", "--checkpoint-every", "1"),
@@ -39,7 +37,9 @@ def dataset(tmp_path_factory):
 def alone(dataset, tmp_path_factory):
     """The results of one process with one device."""
     output = tmp_path_factory.mktemp("alone")
-    main(["train", *OPTIONS, "--data", str(dataset), "--output", str(output)])
+    command = [sys.executable, "-m", "monge_sam_jax", "train", *OPTIONS, "--data", str(dataset)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([*command, "--output", str(output)], env=environment, check=True)
     return results_in(output)
 
 
@@ -72,7 +72,8 @@ class Processes:
             command = [sys.executable, "-m", "monge_sam_jax", "train", "--distributed"]
             command += [*OPTIONS, *self.data, *options, *differ[i]]
             environment = os.environ | {
-                "XLA_FLAGS": XLA_FLAGS,
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": xla_flags.with_devices(2),
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                 "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": str(i),

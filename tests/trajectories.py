@@ -4,6 +4,7 @@ Tests spread the second over devices and processes and compare it with the first
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import chex
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from reference import CASES
@@ -262,9 +264,18 @@ def assert_diagnostics(actual, expected, where):
     )
 
 
+def cpu_devices(count):
+    """Virtual devices, of one process or several; skips the test where there are too few."""
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        pytest.skip(f"needs {count} CPU devices, there are {len(devices)} (see xla_flags.py)")
+    return devices[:count]
+
+
 def make_mesh(axis_type, **sizes):
-    """A mesh of eight virtual devices, of one process or several."""
-    devices = np.array(jax.devices("cpu")[:8]).reshape(tuple(sizes.values()))
+    """A mesh of virtual devices."""
+    shape = tuple(sizes.values())
+    devices = np.array(cpu_devices(math.prod(shape))).reshape(shape)
     return Mesh(devices, tuple(sizes), axis_types=(axis_type,) * len(sizes))
 
 
