@@ -430,8 +430,9 @@ def test_a_line_search_after_it():
     state = tx.init(PARAMS)
     given = {"value": loss(PARAMS, B), "grad": FIRST}
     grad_fn = lambda params: grad(params, B)  # noqa: E731
-    with pytest.raises(TypeError, match="grad_fn"):
-        tx.update(FIRST, state, PARAMS, grad_fn=grad_fn, value_fn=value_fn, **given)
+    if tuple(map(int, optax.__version__.split(".")[:3])) > (0, 2, 5):  # that let them pass
+        with pytest.raises(TypeError, match="grad_fn"):
+            tx.update(FIRST, state, PARAMS, grad_fn=grad_fn, value_fn=value_fn, **given)
 
     accepting = lambda params, grad_fn=None: loss(params, B)  # noqa: E731  named, and not used
     actual, _ = tx.update(FIRST, state, PARAMS, grad_fn=grad_fn, value_fn=accepting, **given)
