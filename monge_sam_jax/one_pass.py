@@ -302,7 +302,7 @@ def unperturbed_params(opt_state: chex.ArrayTree, params: Params) -> Params:
     >>> updates, state = tx.update(jnp.array([0.0, 4.0]), tx.init(params), params)
     >>> params = optax.apply_updates(params, updates)
     >>> unperturbed_params(state, params)
-    Array([0. , 1.5], dtype=float32)
+    Array([0.   , 1.500], dtype=float32)
     """
     opt_state, theta = without_variables(opt_state), as_arrays(without_variables(params))
     found = optax.tree.get_all_with_path(opt_state, OnePassState.__name__)
