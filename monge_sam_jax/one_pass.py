@@ -301,8 +301,8 @@ def unperturbed_params(opt_state: chex.ArrayTree, params: Params) -> Params:
     >>> params = jnp.array([0.0, 2.0])
     >>> updates, state = tx.update(jnp.array([0.0, 4.0]), tx.init(params), params)
     >>> params = optax.apply_updates(params, updates)
-    >>> unperturbed_params(state, params)
-    Array([0.   , 1.500], dtype=float32)
+    >>> float(unperturbed_params(state, params)[1])  # 2 - 0.5 * 1
+    1.500000
     """
     opt_state, theta = without_variables(opt_state), as_arrays(without_variables(params))
     found = optax.tree.get_all_with_path(opt_state, OnePassState.__name__)
