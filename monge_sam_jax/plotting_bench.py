@@ -10,40 +10,52 @@ from matplotlib.figure import Figure
 from monge_sam_jax.plotting import COLOURS, DOTS_PER_INCH, FONT_SIZE, WIDTH
 
 REFERENCE = "0.6"
+BY_HAND = (
+    "sam_by_hand",
+    "monge_by_hand",
+    "adaptive_by_hand",
+    "fisher_by_hand",
+    "one_pass_by_hand",
+)
 # By the beginning of a method's name, the first that fits.
 GROUPS = {
     ("plain", "two_gradients"): ("references", COLOURS["sgd"]),
-    ("sam_by_hand", "monge_by_hand"): ("by hand", COLOURS["fisher_sam"]),
+    BY_HAND: ("by hand", COLOURS["fisher_sam"]),
     ("optax_",): ("optax.contrib.sam", COLOURS["sam"]),
     ("",): ("monge_sam_jax", COLOURS["monge_sam"]),
 }
 
 
 def benchmark_figure(results: Mapping[str, Any]) -> Figure:
-    """Time of a descent step with each method as a ratio to the plain one, a panel for each model.
+    """Time of a descent step with each method as a ratio to the plain one.
 
     Args:
       results: content of the results.json of `monge-sam bench`.
 
     Returns:
-      Medians over rounds, in bars from quartile to quartile. Lines mark the plain step and two
-      gradients.
+      A panel for each model, or a column of them where there are several batch sizes: medians over
+      rounds, in bars from quartile to quartile. Lines mark the plain step and two gradients.
     """
-    models = results["models"]
-    names = list(next(iter(models.values()))["methods"])
-    height = 0.9 + 0.19 * len(names)
+    columns: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in results["measurements"]:
+        columns.setdefault(entry["model"], []).append(entry)
+    rows = max(map(len, columns.values()))
+    names = list(results["measurements"][0]["methods"])
+    height = 0.5 + rows * (0.4 + 0.19 * len(names))
     figure = Figure(figsize=(WIDTH, height), dpi=DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
-    for axes, (model, entry) in zip(panels, models.items(), strict=True):
-        _draw(axes, entry["methods"])
-        axes.set_title(model, fontsize=FONT_SIZE)
-        axes.set_xlabel("time / plain", fontsize=FONT_SIZE)
-        axes.tick_params(labelsize=FONT_SIZE)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].invert_yaxis()
-    handles, labels = panels[0].get_legend_handles_labels()
+    panels = figure.subplots(rows, len(columns), sharex="col", sharey=True, squeeze=False)
+    for column, (model, entries) in enumerate(columns.items()):
+        for axes, entry in zip(panels[:, column], entries, strict=True):
+            _draw(axes, entry["methods"])
+            title = f"{model}, batch {entry['batch_size']}" if rows > 1 else model
+            axes.set_title(title, fontsize=FONT_SIZE)
+            axes.tick_params(labelsize=FONT_SIZE)
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[-1, column].set_xlabel("time / plain", fontsize=FONT_SIZE)
+    panels[0, 0].set_yticks(range(len(names)), names)
+    panels[0, 0].invert_yaxis()
+    handles, labels = panels[0, 0].get_legend_handles_labels()
     first = dict(zip(reversed(labels), reversed(handles), strict=True))
     order = [label for label, _ in GROUPS.values() if label in first]
     figure.legend(

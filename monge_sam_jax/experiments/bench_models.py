@@ -30,8 +30,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits (n, classes) of the samples (n, features)."""
+        keep_size = nn.initializers.he_normal()  # of activations, through however many layers
         for _ in range(self.layers):
-            x = nn.relu(nn.Dense(self.width, dtype=self.dtype)(x))
+            x = nn.relu(nn.Dense(self.width, dtype=self.dtype, kernel_init=keep_size)(x))
         return nn.Dense(self.classes, dtype=self.dtype, name=HEAD)(x)
 
 
@@ -87,23 +88,38 @@ def mlp(preset: str, batch_size: int | None = None) -> Problem:
         "small": (784, 512, 3, 1024, jnp.float32),
         "gpu": (3072, 4096, 4, 4096, jnp.bfloat16),
     }[preset]
-    batch_size = batch_size or usual
+    return _mlp(features, width, layers, batch_size or usual, dtype, learning_rate=0.05)
+
+
+def deep_mlp(preset: str, batch_size: int | None = None) -> Problem:
+    """Vectors in classes, by so many small layers that what is done leaf by leaf shows."""
+    features, width, layers, usual, dtype = {
+        "tiny": (16, 8, 14, 8, jnp.float32),
+        "small": (128, 128, 150, 64, jnp.float32),
+        "gpu": (128, 128, 150, 64, jnp.bfloat16),
+    }[preset]
+    return _mlp(features, width, layers, batch_size or usual, dtype, learning_rate=1e-3)
+
+
+def _mlp(
+    features: int, width: int, layers: int, batch_size: int, dtype: Any, learning_rate: float
+) -> Problem:
     model = MLP(width, layers, classes=10, dtype=dtype)
 
     def batch(key: jax.Array) -> Batch:
         x = jax.random.normal(key, (batch_size, features))
         return Batch(x, jnp.argmax(x[:, :10], axis=-1))
 
-    description = f"MLP, {layers} layers of {width}, batch {batch_size} x {features}"
-    return _problem(description, model, batch, optax.sgd(0.05, momentum=0.9))
+    description = f"MLP of {layers} x {width}, batch {batch_size} x {features}"
+    return _problem(description, model, batch, optax.sgd(learning_rate, momentum=0.9))
 
 
 def resnet(preset: str, batch_size: int | None = None) -> Problem:
     """Images in classes, by a residual network with BatchNorm and SGD with momentum."""
     size, channels, stages, blocks, usual, dtype = {
-        "tiny": (10, 4, 2, 1, 4, jnp.float32),
+        "tiny": (10, 4, 1, 1, 4, jnp.float32),
         "small": (32, 16, 3, 1, 32, jnp.float32),
-        "gpu": (32, 64, 3, 3, 1024, jnp.bfloat16),
+        "gpu": (32, 64, 4, 2, 128, jnp.bfloat16),  # ResNet-18
     }[preset]
     batch_size = batch_size or usual
     model = ResNet(10, channels, (blocks,) * stages, dtype)
@@ -125,7 +141,7 @@ def transformer(preset: str, batch_size: int | None = None) -> Problem:
     width, layers, heads, vocabulary, length, usual, dtype = {
         "tiny": (16, 1, 2, 16, 8, 4, jnp.float32),
         "small": (128, 2, 4, 256, 64, 16, jnp.float32),
-        "gpu": (768, 12, 12, 32768, 1024, 16, jnp.bfloat16),
+        "gpu": (768, 12, 12, 50257, 1024, 8, jnp.bfloat16),  # GPT-2 small
     }[preset]
     batch_size = batch_size or usual
     model = Transformer(width, layers, heads, vocabulary, dtype=dtype)
@@ -134,9 +150,7 @@ def transformer(preset: str, batch_size: int | None = None) -> Problem:
         text = jax.random.randint(key, (batch_size, length + 1), 0, vocabulary)
         return Batch(text[:, :-1], text[:, 1:])
 
-    description = (
-        f"Transformer, {layers} layers of {width}, {heads} heads, batch {batch_size} x {length}"
-    )
+    description = f"Transformer of {layers} x {width}, {heads} heads, batch {batch_size} x {length}"
     return _problem(description, model, batch, optax.adamw(1e-3))
 
 
@@ -163,3 +177,11 @@ def _problem(
         return jnp.mean(losses), stats
 
     return Problem(description, init, loss_fn, base_optimizer, has_convolutions)
+
+
+MODELS: dict[str, Callable[[str, int | None], Problem]] = {
+    "mlp": mlp,
+    "deep_mlp": deep_mlp,
+    "resnet": resnet,
+    "transformer": transformer,
+}

@@ -2,9 +2,10 @@
 
 import dataclasses
 import inspect
+import itertools
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,31 +14,29 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from monge_sam_jax.experiments import InputError, bench_models, report
+from monge_sam_jax.experiments import InputError, report
 from monge_sam_jax.experiments.bench_measure import (
     CLOCKS,
+    HASTY,
     Measurement,
     Program,
     compile_method,
     cycles_for,
     interleave,
     measure,
+    peak_bytes,
     ratios,
     start,
     summarise,
     tree_bytes,
     without_compilation_cache,
 )
-from monge_sam_jax.experiments.bench_models import Problem
+from monge_sam_jax.experiments.bench_models import MODELS
+from monge_sam_jax.experiments.bench_progress import steps
 from monge_sam_jax.experiments.bench_steps import METHODS
-from monge_sam_jax.experiments.benchmark import REFERENCES, Bench
+from monge_sam_jax.experiments.benchmark import BY_HAND, Bench
 from monge_sam_jax.plotting_bench import benchmark_figure
 
-MODELS: dict[str, Callable[[str, int | None], Problem]] = {
-    "mlp": bench_models.mlp,
-    "resnet": bench_models.resnet,
-    "transformer": bench_models.transformer,
-}
 SECONDS = {"tiny": 0.02, "small": 0.4, "gpu": 0.5}  # that a measurement takes
 
 
@@ -45,7 +44,7 @@ def run(options: Bench) -> None:
     """Measures, writes results.json and benchmark.png, and prints the tables.
 
     Args:
-      options: checked ones.
+      options: checked and resolved ones.
 
     Raises:
       InputError: the options do not fit the machine, or the output folder cannot be used.
@@ -53,17 +52,20 @@ def run(options: Bench) -> None:
     clock = choose_clock(options)
     report.prepare_output(options.output)
     console = Console()
-    names = [name for name in METHODS if name in {*REFERENCES, *options.methods}]
-    results = {
-        "configuration": dataclasses.asdict(options) | {"clock": clock, "methods": names},
+    results: dict[str, Any] = {
+        "configuration": dataclasses.asdict(options) | {"clock": clock},
         **report.environment(),
         "machine": {"architecture": platform.machine(), "cores": usable_cores()},
-        "models": {},
+        "measurements": [],
     }
-    for model in options.models:
-        results["models"][model] = run_model(model, names, options, clock)
-        console.print(model_table(results["models"][model], clock))
-    report.write_json(options.output / "results.json", results)
+    turns = [(m, size) for m in options.models for size in options.batch_size or (None,)]
+    for turn, (model, size) in enumerate(turns):
+        label = f"{model}{f', batch {size}' if size else ''} ({turn + 1} of {len(turns)})"
+        entry = run_model(model, size, options, clock, label)
+        results["measurements"].append(entry)
+        console.print(times_table(entry, clock))
+        console.print(programs_table(entry))
+        report.write_json(options.output / "results.json", results)  # after each: a run is long
     benchmark_figure(results).savefig(options.output / "benchmark.png")
     console.print(f"Wrote results.json and benchmark.png to {options.output}", soft_wrap=True)
 
@@ -93,114 +95,171 @@ def usable_cores() -> int | None:
     return os.cpu_count()
 
 
-def run_model(model: str, names: list[str], options: Bench, clock_name: str) -> dict[str, Any]:
+def run_model(
+    model: str, batch_size: int | None, options: Bench, clock_name: str, label: str
+) -> dict[str, Any]:
     """Measures all methods on a model.
 
     Args:
       model: key of `MODELS`.
-      names: of the methods, the references among them.
-      options: the options.
+      batch_size: None is the preset's.
+      options: checked and resolved ones.
       clock_name: key of `CLOCKS`.
+      label: of the progress.
 
     Returns:
       The model's part of results.json.
     """
-    problem, clock = MODELS[model](options.preset, options.batch_size), CLOCKS[clock_name]
+    problem, clock = MODELS[model](options.preset, batch_size), CLOCKS[clock_name]
+    names, compilations = options.methods or (), options.compilations or 1
+    how: dict[str, Any] = {"compiler_options": HASTY} if options.preset == "tiny" else {}
     turns = np.random.default_rng(options.seed)
     begin = start(problem, options.seed)
     programs: dict[str, Program] = {}
     cycles: dict[str, int] = {}
+    peaks: dict[str, int | None] = {}
     last: dict[str, Measurement] = {}
+    compiled, measured = itertools.count(1), itertools.count(1)
 
     with (
         without_compilation_cache(),
-        report.progress_bar() as progress,
+        steps(label, (compilations + 1 + options.rounds) * len(names)) as told,
     ):
-        total = (options.compilations + 1 + options.rounds) * len(names)
-        bar = progress.add_task(f"{model}: compiling", total=total)
 
         def compile_once(name: str) -> float:
-            programs[name] = compile_method(problem, name, begin, clock)
-            progress.advance(bar)
-            return programs[name].compile_seconds
+            told.begin(f"compiling {name}")
+            programs[name] = compile_method(problem, name, begin, clock, **how)
+            seconds = programs[name].compile_seconds
+            left = compilations * len(names) - next(compiled)
+            told.end(f"{name} compiled in {seconds:.1f} s, {left} left to compile")
+            return seconds
 
         def measure_once(name: str) -> float:
+            told.begin(f"measuring {name}")
             last[name] = measure(programs[name], begin, cycles[name], clock)
-            progress.advance(bar)
+            rounds, rest = divmod(next(measured), len(names))
+            told.end(None if rest else f"round {rounds} of {options.rounds} measured")
             return last[name].seconds
 
-        compile_method(problem, "plain", begin, clock)  # loads what all compilations need
-        compile_times = interleave(names, options.compilations, turns, compile_once)
+        compile_method(problem, "plain", begin, clock, **how)  # loads what all compilations need
+        compile_times = interleave(names, compilations, turns, compile_once)
         for name in names:
-            progress.update(bar, description=f"{model}: calibrating", advance=1)
+            told.begin(f"calibrating {name}")
             cycles[name] = cycles_for(programs[name], begin, SECONDS[options.preset], clock)
-        progress.update(bar, description=f"{model}: measuring")
+            peaks[name] = peak_bytes(programs[name], begin)
+            told.end()
         times = interleave(names, options.rounds, turns, measure_once)
 
     params_bytes = tree_bytes(begin.params)
+
+    def entry(name: str, program: Program) -> dict[str, Any]:
+        by_hand = BY_HAND.get(name)
+        return {
+            "what": inspect.getdoc(METHODS[name]).splitlines()[0],  # type: ignore[union-attr]
+            "by_hand": by_hand,
+            "seconds": summarise(times[name]),
+            "ratio_to_plain": ratios(times, name, "plain"),
+            "ratio_to_two_gradients": ratios(times, name, "two_gradients"),
+            "ratio_to_by_hand": ratios(times, name, by_hand) if by_hand else None,
+            "compile_seconds": summarise(compile_times[name]),
+            "compile_ratio_to_plain": ratios(compile_times, name, "plain"),
+            "compile_ratio_to_by_hand": ratios(compile_times, name, by_hand) if by_hand else None,
+            "kernels": program.counts.kernels,
+            "instructions": program.counts.instructions,
+            "temporary_bytes": program.temporary_bytes,
+            "temporaries": program.temporary_bytes / params_bytes,
+            "state_bytes": program.state_bytes,
+            "state": program.state_bytes / params_bytes,
+            "peak_bytes": peaks[name],
+            "descents_per_measurement": cycles[name] * program.method.descents,
+            "loss": last[name].loss,
+            "rounds": {"seconds": times[name], "compile_seconds": compile_times[name]},
+        }
+
     return {
+        "model": model,
+        "batch_size": len(begin.batch.x),
         "description": problem.description,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(begin.params)),
+        "leaves": len(jax.tree.leaves(begin.params)),
         "params_bytes": params_bytes,
-        "methods": {
-            name: {
-                "what": inspect.getdoc(METHODS[name]).splitlines()[0],  # type: ignore[union-attr]
-                "seconds": summarise(times[name]),
-                "ratio_to_plain": ratios(times, name, "plain"),
-                "ratio_to_two_gradients": ratios(times, name, "two_gradients"),
-                "compile_seconds": summarise(compile_times[name]),
-                "compile_ratio_to_plain": ratios(compile_times, name, "plain"),
-                "instructions": program.instructions,
-                "temporary_bytes": program.temporary_bytes,
-                "temporaries": program.temporary_bytes / params_bytes,
-                "state_bytes": program.state_bytes,
-                "state": program.state_bytes / params_bytes,
-                "descents_per_measurement": cycles[name] * program.method.descents,
-                "loss": last[name].loss,
-                "rounds": {"seconds": times[name], "compile_seconds": compile_times[name]},
-            }
-            for name, program in ((name, programs[name]) for name in names)
-        },
+        "methods": {name: entry(name, programs[name]) for name in names},
     }
 
 
-def model_table(results: Mapping[str, Any], clock: str) -> Table:
-    """The measurements on a model as a table, a row for every method.
+def times_table(results: Mapping[str, Any], clock: str) -> Table:
+    """What a descent step takes on a model, a row for every method.
 
     Args:
       results: the model's part of results.json.
       clock: key of `CLOCKS`.
 
     Returns:
-      The table. Quartiles are in brackets.
+      The table.
     """
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        title=f"{results['description']}: {results['parameters']:,} params",
-        caption=(
-            f"{'Processor time' if clock == 'cpu' else 'Time'} of a descent step, and its ratios "
-            "to plain and to two_gradients: medians, with half the interquartile ranges. Time to "
-            "compile as a ratio to plain. Number of HLO instructions. Temporary arrays and state "
-            "of the optimizer in units of the params."
-        ),
+    table = _table(
+        f"{results['description']}: {results['parameters']:,} params",
+        f"{'Processor time' if clock == 'cpu' else 'Time'} of a descent step, and its ratios to "
+        "plain, to two_gradients and to the method by hand: medians, with half the interquartile "
+        "ranges.",
+        ("ms", "/ plain", "/ two", "/ by hand"),
     )
-    table.add_column("method", no_wrap=True)
-    for header in ("ms", "/ plain", "/ two", "compile", "HLO", "temp.", "state"):
-        table.add_column(header, justify="right", no_wrap=True)
     for name, entry in results["methods"].items():
         table.add_row(
             name,
             f"{1000 * entry['seconds']['median']:.3g}",
             _with_spread(entry["ratio_to_plain"]),
             _with_spread(entry["ratio_to_two_gradients"]),
-            f"{entry['compile_ratio_to_plain']['median']:.2f}",
-            f"{entry['instructions']}",
-            f"{entry['temporaries']:.2f}",
-            f"{entry['state']:.2f}",
+            _with_spread(entry["ratio_to_by_hand"]),
         )
     return table
 
 
-def _with_spread(summary: Mapping[str, float]) -> str:
+def programs_table(results: Mapping[str, Any]) -> Table:
+    """What the compiled programs are, a row for every method.
+
+    Args:
+      results: the model's part of results.json.
+
+    Returns:
+      The table, with the peak of memory if a device told it.
+    """
+    methods = results["methods"]
+    told = any(entry["peak_bytes"] is not None for entry in methods.values())
+    headers = ("compile s", "/ plain", "/ by hand", "kernels", "HLO", "temp.", "state")
+    table = _table(
+        None,
+        "Time to compile, and its ratios to plain and to the method by hand. Kernels (fusions and "
+        "custom calls) and instructions of the program. Temporary arrays and state of the "
+        "optimizer in units of the params."
+        + (" Peak of params, state and temporary arrays in MiB." if told else ""),
+        headers + (("peak",) if told else ()),
+    )
+    for name, entry in methods.items():
+        by_hand, peak = entry["compile_ratio_to_by_hand"], entry["peak_bytes"]
+        table.add_row(
+            name,
+            f"{entry['compile_seconds']['median']:.3g}",
+            f"{entry['compile_ratio_to_plain']['median']:.2f}",
+            f"{by_hand['median']:.2f}" if by_hand else "-",
+            f"{entry['kernels']}",
+            f"{entry['instructions']}",
+            f"{entry['temporaries']:.2f}",
+            f"{entry['state']:.2f}",
+            *([f"{peak / 2**20:,.0f}" if peak is not None else "-"] if told else []),
+        )
+    return table
+
+
+def _table(title: str | None, caption: str, headers: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=0, title=title, caption=caption)
+    table.add_column("method", no_wrap=True)
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    return table
+
+
+def _with_spread(summary: Mapping[str, float] | None) -> str:
+    if summary is None:
+        return "-"
     return f"{summary['median']:.3f} ±{(summary['upper'] - summary['lower']) / 2:.3f}"

@@ -30,6 +30,7 @@ from monge_sam_jax.parallel import How
 
 RHO = 0.05
 PERIOD = 5
+LATE_PERIOD = 10  # that a tenth of the steps perturb
 ASCENT_FRACTION = 0.25
 
 Params: TypeAlias = chex.ArrayTree
@@ -156,13 +157,51 @@ def sam_by_hand(problem: Problem) -> Method:
 
 def monge_by_hand(problem: Problem) -> Method:
     """Monge SAM: params + rho * g / (n * sqrt(1 + n^2)), n = norm(g)."""
+    return perturbed_twice(problem, monge_perturbed)
+
+
+def monge_perturbed(params: Params, grads: Params) -> Params:
+    """Eq. 9 as it stands in the paper."""
+    n = optax.tree.norm(grads)
+    k = RHO / (n * jnp.sqrt(1 + n**2))
+    return jax.tree.map(lambda p, g: p + k * g, params, grads)
+
+
+def adaptive_by_hand(problem: Problem) -> Method:
+    """ASAM: params + rho * T^2 g / norm(T g), T = abs(params) + 0.01."""
 
     def perturb(params: Params, grads: Params) -> Params:
-        n = optax.tree.norm(grads)
-        k = RHO / (n * jnp.sqrt(1 + n**2))
-        return jax.tree.map(lambda p, g: p + k * g, params, grads)
+        size = jax.tree.map(lambda p: jnp.abs(p) + 0.01, params)
+        h = jax.tree.map(lambda t, g: t * g, size, grads)
+        k = RHO / optax.tree.norm(h)
+        return jax.tree.map(lambda p, t, h: p + k * t * h, params, size, h)
 
     return perturbed_twice(problem, perturb)
+
+
+def fisher_by_hand(problem: Problem) -> Method:
+    """Fisher SAM: params + rho * h / sqrt(g^T h), h = g / (1 + g^2)."""
+
+    def perturb(params: Params, grads: Params) -> Params:
+        h = jax.tree.map(lambda g: g / (1 + g**2), grads)
+        k = RHO / jnp.sqrt(optax.tree.vdot(grads, h))
+        return jax.tree.map(lambda p, h: p + k * h, params, h)
+
+    return perturbed_twice(problem, perturb)
+
+
+def one_pass_by_hand(problem: Problem) -> Method:
+    """One pass: theta is kept beside the params, which are theta + Monge's step along g."""
+    value_and_grad, base = value_and_grad_of(problem), problem.base_optimizer
+
+    def step(carry: Carry, batch: Batch) -> tuple[Carry, jax.Array]:
+        theta, base_state = carry.opt_state
+        (loss, stats), grads = value_and_grad(carry.params, carry.stats, batch)
+        updates, base_state = base.update(grads, base_state, theta)
+        theta = optax.apply_updates(theta, updates)
+        return Carry(monge_perturbed(theta, grads), (theta, base_state), stats), loss
+
+    return Method(lambda params: (params, base.init(params)), (step,))
 
 
 # --- Optax's SAM ---
@@ -233,17 +272,27 @@ def monge_m_sharpness(problem: Problem) -> Method:
 
 
 def monge_period_5(problem: Problem) -> Method:
-    """Monge SAM at every fifth step, the base optimizer alone in between.
+    """Monge SAM at every fifth step, the base optimizer alone in between."""
+    return perturbed_every(PERIOD, problem)
 
-    chain(monge_sam(grad_fn, period=5), base); or two programs that take turns, where the gradient
-    does not go into a conditional.
+
+def monge_late(problem: Problem) -> Method:
+    """Monge SAM in the last tenth of training, measured as one step of ten."""
+    return perturbed_every(LATE_PERIOD, problem)
+
+
+def perturbed_every(period: int, problem: Problem) -> Method:
+    """A cycle of so many steps, of which the first perturbs.
+
+    chain(monge_sam(grad_fn, period=period), base); or two programs that take turns, where the
+    gradient does not go into a conditional.
     """
     if fits_in_loops(problem):
-        chained = in_chain(problem, monge_sam, period=PERIOD)
-        return chained._replace(cycle=chained.cycle * PERIOD, descents=PERIOD)
+        chained = in_chain(problem, monge_sam, period=period)
+        return chained._replace(cycle=chained.cycle * period, descents=period)
     perturbed = with_gradient(problem, robust(problem))
-    in_between = plain(problem).cycle * (PERIOD - 1)
-    return perturbed._replace(cycle=perturbed.cycle + in_between, descents=PERIOD)
+    in_between = plain(problem).cycle * (period - 1)
+    return perturbed._replace(cycle=perturbed.cycle + in_between, descents=period)
 
 
 def monge_last_layer(problem: Problem) -> Method:
@@ -290,6 +339,9 @@ METHODS: dict[str, Callable[[Problem], Method]] = {
     "two_gradients": two_gradients,
     "sam_by_hand": sam_by_hand,
     "monge_by_hand": monge_by_hand,
+    "adaptive_by_hand": adaptive_by_hand,
+    "fisher_by_hand": fisher_by_hand,
+    "one_pass_by_hand": one_pass_by_hand,
     "optax_opaque": optax_opaque,
     "optax_transparent": optax_transparent,
     "sam": chained_sam,
@@ -298,6 +350,7 @@ METHODS: dict[str, Callable[[Problem], Method]] = {
     "fisher_sam": chained_fisher_sam,
     "monge_m_sharpness": monge_m_sharpness,
     "monge_period_5": monge_period_5,
+    "monge_late": monge_late,
     "monge_last_layer": monge_last_layer,
     "monge_quarter_batch": monge_quarter_batch,
     "one_pass_gradient": one_pass_gradient,
