@@ -19,6 +19,7 @@ from jax import jit
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from reference import example_batch, example_params, network_grad, network_loss
+from trajectories import cpu_devices
 
 import monge_sam_jax as ms
 from monge_sam_jax.linen import SharpnessAwareTrainState, make_train_step
@@ -825,14 +826,14 @@ def on_one_device():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_two_devices_equal_one(mode):
+def test_two_devices_equal_one(on_cpu, mode):
     """Under shard_map, which knows what varies over devices and sums gradients by itself."""
     loss = functools.partial(model_loss, Network("data", dropout=0.0))
     options = {} if mode == "chain" else {"metric": ms.monge(), "rho": RHO}
     step = make_train_step(loss, axis_name="data", **options)
     mapped = jax.shard_map(
         lambda state, batch: step(state, batch)[:2],
-        mesh=Mesh(np.array(jax.local_devices(backend="cpu")[:2]), ("data",)),
+        mesh=Mesh(np.array(cpu_devices(2)), ("data",)),
         in_specs=(P(), P("data")),
         out_specs=P(),
     )

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx, serialization
 from jax.sharding import Mesh, PartitionSpec
 from reference import example_batch
+from trajectories import cpu_devices
 
 import monge_sam_jax as ms
 from monge_sam_jax.nnx import (
@@ -722,15 +723,19 @@ def test_resumed_training_is_bit_equal(save, restore, tmp_path):
 
 # Several devices
 
-MESH = Mesh(np.array(jax.devices()[:4]), ("data",))
 REPLICATED, SPLIT = PartitionSpec(), PartitionSpec("data")
+
+
+def four_devices():
+    return Mesh(np.array(cpu_devices(4)), ("data",))
 
 
 def under_jax_shard_map(fn, model):
     graphdef, state = nnx.split(model)
+    specs = {"in_specs": (REPLICATED, SPLIT), "out_specs": REPLICATED}
 
     @jax.jit
-    @functools.partial(jax.shard_map, mesh=MESH, in_specs=(REPLICATED, SPLIT), out_specs=REPLICATED)
+    @functools.partial(jax.shard_map, mesh=four_devices(), **specs)
     def step(state, batch):
         model = merge(graphdef, state)
         return fn(model, batch), nnx.state(model)
@@ -741,7 +746,8 @@ def under_jax_shard_map(fn, model):
 
 
 def under_nnx_shard_map(fn, model):
-    step = nnx.shard_map(fn, mesh=MESH, in_specs=(REPLICATED, SPLIT), out_specs=REPLICATED)
+    specs = {"in_specs": (REPLICATED, SPLIT), "out_specs": REPLICATED}
+    step = nnx.shard_map(fn, mesh=four_devices(), **specs)
     return nnx.jit(step)(model, BATCH)
 
 
@@ -756,13 +762,15 @@ def mapped(fn, model, transform):
 WAYS = {
     "jax.shard_map": under_jax_shard_map,
     "nnx.shard_map": under_nnx_shard_map,
-    "nnx.pmap": functools.partial(mapped, transform=nnx.pmap),
+    "nnx.pmap": functools.partial(
+        mapped, transform=lambda *a, **k: nnx.pmap(*a, devices=cpu_devices(4), **k)
+    ),
     "nnx.vmap": functools.partial(mapped, transform=lambda *a, **k: nnx.jit(nnx.vmap(*a, **k))),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_devices_that_share_a_batch_equal_one(way):
+def test_devices_that_share_a_batch_equal_one(on_cpu, way):
     """BatchNorm gathers its statistics over the devices, so that they too equal one device's."""
     fn = sharpness_aware_value_and_grad(loss_fn, metric=ms.monge(), rho=RHO, axis_name="data")
 
@@ -780,7 +788,7 @@ def test_devices_that_share_a_batch_equal_one(way):
     chex.assert_trees_all_close(contents(model), contents(one_device), atol=1e-6)
 
 
-def test_each_device_perturbs_for_itself():
+def test_each_device_perturbs_for_itself(on_cpu):
     fn = sharpness_aware_value_and_grad(
         loss_fn, metric=ms.monge(), rho=RHO, axis_name="data", sync_perturbation=False
     )
@@ -796,13 +804,13 @@ def averaged_loss(model, batch):
     return jax.lax.pmean(loss_fn(model, batch), "data")
 
 
-def test_a_loss_that_is_averaged_already_needs_no_axis_name():
+def test_a_loss_that_is_averaged_already_needs_no_axis_name(on_cpu):
     fn = sharpness_aware_value_and_grad(averaged_loss, metric=ms.monge(), rho=RHO)
     grads = under_nnx_shard_map(lambda *args: nnx.to_pure_dict(fn(*args)[1]), Tied())
     chex.assert_trees_all_close(grads, by_hand(*as_function(Tied), BATCH), atol=1e-6)
 
 
-def test_a_loss_that_is_averaged_already_with_axis_name():
+def test_a_loss_that_is_averaged_already_with_axis_name(on_cpu):
     fn = sharpness_aware_value_and_grad(averaged_loss, metric=ms.monge(), rho=RHO, axis_name="data")
     with pytest.raises(ValueError, match="leave axis_name out"):
         under_nnx_shard_map(lambda *args: fn(*args)[0], Tied())

@@ -27,6 +27,7 @@ from reference import (
     network_grad,
 )
 from test_cost import count_instructions, network, total
+from trajectories import cpu_devices
 
 import monge_sam_jax as ms
 from monge_sam_jax.one_pass import FromMomentum, one_pass_sam, unperturbed_params
@@ -899,8 +900,9 @@ def test_orbax_restores_the_state_exactly(tmp_path, direction, mask):
 # --- devices, and the price ---
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_sharded_params_keep_their_shardings(direction):
-    mesh = jax.sharding.Mesh(np.array(jax.local_devices(backend="cpu")[:8]), ("x",))
+    mesh = jax.sharding.Mesh(np.array(cpu_devices(8)), ("x",))
     params = {"w": jnp.arange(64.0).reshape(16, 4) / 64, "b": jnp.ones(4)}
     shardings = {"w": NamedSharding(mesh, P("x")), "b": NamedSharding(mesh, P())}
     tx = one_pass_sam(optax.adam(1e-2), rho=0.1, direction=direction)
@@ -923,6 +925,7 @@ def test_sharded_params_keep_their_shardings(direction):
     chex.assert_trees_all_close(state, expected_state, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_price_beside_the_plain_step():
     """Beside one gradient: a few operations per param, one more copy of them, nothing temporary."""
     loss, params, batch = network(layers=2)
@@ -944,6 +947,7 @@ def test_price_beside_the_plain_step():
         assert extra <= copies * 4 * size + 1000
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_instructions_of_a_step_over_many_leaves():
     """No scalars are copied into the leaves: not many more than a plain normalisation takes."""
     rng = np.random.default_rng(0)
