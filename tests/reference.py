@@ -61,12 +61,6 @@ def relative_error(actual, expected):
     return np.max(np.abs(np.asarray(actual, float) - expected)) / np.max(np.abs(expected))
 
 
-def assert_same_rounding(actual, expected):
-    """Bit for bit on a CPU; on a GPU product and sum are rounded once or twice, as XLA fuses."""
-    tolerance = 0 if jax.default_backend() == "cpu" else 2e-7
-    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
-
-
 def example_params(dtype=jnp.float32):
     rng = np.random.default_rng(0)
     return {
