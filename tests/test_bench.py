@@ -957,6 +957,21 @@ def test_the_chart_has_a_column_for_each_model_where_there_are_several_batches(o
         assert point.get_xdata()[0] == two["ratio_to_plain"]["median"]
 
 
+def test_the_chart_holds_all_that_is_drawn():
+    """Also if the ratios of the second batch size are larger than those of the first."""
+    entries = []
+    for batch_size, ratio in ((8, 1.5), (64, 9.0)):
+        methods = {
+            name: {"ratio_to_plain": dict.fromkeys(("lower", "median", "upper"), value)}
+            for name, value in (("plain", 1.0), ("two_gradients", ratio))
+        }
+        entries.append({"model": "mlp", "batch_size": batch_size, "methods": methods})
+    for axes in benchmark_figure({"measurements": entries}).axes:
+        left, right = axes.get_xlim()
+        assert left == 0
+        assert right > 9
+
+
 def test_the_chart_is_a_picture(all_methods, folder):
     height, width, _ = matplotlib.image.imread(folder / "benchmark.png").shape
     assert width == 1400
