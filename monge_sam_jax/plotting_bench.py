@@ -53,6 +53,7 @@ def benchmark_figure(results: Mapping[str, Any]) -> Figure:
             axes.tick_params(labelsize=FONT_SIZE)
             axes.spines[["top", "right"]].set_visible(False)
         panels[-1, column].set_xlabel("time / plain", fontsize=FONT_SIZE)
+        panels[-1, column].set_xlim(left=0)  # of all: it ends the scaling to what is drawn
     panels[0, 0].set_yticks(range(len(names)), names)
     panels[0, 0].invert_yaxis()
     handles, labels = panels[0, 0].get_legend_handles_labels()
@@ -89,4 +90,3 @@ def _draw(axes: Axes, methods: Mapping[str, Any]) -> None:
             linewidth=1.3,
             label=label,
         )
-    axes.set_xlim(left=0)

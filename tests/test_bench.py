@@ -601,16 +601,16 @@ def test_counts_for_a_target_are_written_and_printed(compiled):
     assert max(map(len, printed.splitlines()[:-1])) <= 80
     assert len(progress) == 4 * 4
     assert progress[-1].startswith("deep_mlp, fsdp (4 of 4): ")
-    assert progress[-1].endswith(" s, 0 left to compile")
+    assert progress[-1].endswith(" kernels, 0 left to compile")
 
 
 def test_what_does_not_fit_the_target_is_a_row_without_counts(monkeypatch, tmp_path):
     compile_for = bench_compile.compile_for
 
-    def too_large(problem, name, *rest):
+    def too_large(problem, name, *rest, **options):
         if name == "two_gradients":
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 17 GiB of 16 GiB")
-        return compile_for(problem, name, *rest)
+        return compile_for(problem, name, *rest, **options)
 
     monkeypatch.setattr(bench_compile, "compile_for", too_large)
     monkeypatch.setattr(bench_compile, "mesh_of", lambda target: slice_of(1))
@@ -622,6 +622,20 @@ def test_what_does_not_fit_the_target_is_a_row_without_counts(monkeypatch, tmp_p
     assert entry["sharding"] is None
     assert re.search("two_gradients +no room", printed)
     assert any("two_gradients is too large" in line for line in progress)
+
+
+def test_little_effort_is_an_option_of_the_compiler(monkeypatch, tmp_path):
+    seen, compile_steps = [], bench_compile.compile_steps
+
+    def spy(*args, **options):
+        seen.append(options.get("compiler_options"))
+        return compile_steps(*args, **options)
+
+    monkeypatch.setattr(bench_compile, "compile_steps", spy)
+    monkeypatch.setattr(bench_compile, "mesh_of", lambda target: slice_of(1))
+    options = ("--models", "mlp", "--methods", "plain", "--compile-for", "h100")
+    bench(tmp_path, *options, "--effort", "little", file="counts.json")
+    assert seen == [None, *2 * [{"exec_time_optimization_effort": -1.0}]]
 
 
 @pytest.mark.parametrize(("target", "extra"), [("h100", "cuda"), ("v5e:2x4", "tpu")])
@@ -943,6 +957,21 @@ def test_the_chart_has_a_column_for_each_model_where_there_are_several_batches(o
         assert point.get_xdata()[0] == two["ratio_to_plain"]["median"]
 
 
+def test_the_chart_holds_all_that_is_drawn():
+    """Also if the ratios of the second batch size are larger than those of the first."""
+    entries = []
+    for batch_size, ratio in ((8, 1.5), (64, 9.0)):
+        methods = {
+            name: {"ratio_to_plain": dict.fromkeys(("lower", "median", "upper"), value)}
+            for name, value in (("plain", 1.0), ("two_gradients", ratio))
+        }
+        entries.append({"model": "mlp", "batch_size": batch_size, "methods": methods})
+    for axes in benchmark_figure({"measurements": entries}).axes:
+        left, right = axes.get_xlim()
+        assert left == 0
+        assert right > 9
+
+
 def test_the_chart_is_a_picture(all_methods, folder):
     height, width, _ = matplotlib.image.imread(folder / "benchmark.png").shape
     assert width == 1400
@@ -969,6 +998,10 @@ def test_the_chart_names_the_methods_and_their_kinds(all_methods):
         (("--batch-size",), "--batch-size needs at least one number"),
         (("--batch-size", "4", "4"), "--batch-size has a number twice: 4 4"),
         (("--sharding", "fsdp"), "--sharding is for --compile-for: measurements are of one device"),
+        (
+            ("--effort", "little"),
+            "--effort is for --compile-for: what is measured is compiled in full",
+        ),
         (
             ("--compile-for", "a100"),
             "--compile-for must be h100, h100:8, or a TPU slice such as v5e:2x4, got a100",

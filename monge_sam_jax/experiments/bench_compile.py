@@ -42,6 +42,11 @@ COLLECTIVES = {
     "large_collectives": "large",
 }
 
+EFFORT: dict[str, dict[str, Any]] = {
+    "full": {},
+    "little": {"exec_time_optimization_effort": -1.0},
+}
+
 
 def run(options: Bench, target: str) -> None:
     """Compiles, writes counts.json and prints the tables.
@@ -80,7 +85,7 @@ def run(options: Bench, target: str) -> None:
             model, batch_size, options, placement, clock, f"{label} ({turn + 1} of {len(turns)})"
         )
         results["programs"].append(entry | {"sharding": sharding if mesh.size > 1 else None})
-        console.print(counts_table(results["programs"][-1], results["target"]))
+        console.print(counts_table(results["programs"][-1], results["target"]), "")
         report.write_json(options.output / "counts.json", results)
     console.print(f"Wrote counts.json to {options.output}", soft_wrap=True)
 
@@ -121,8 +126,12 @@ def compile_model(
             told.begin(f"compiling {name}")
             program, left = None, total - next(done)
             try:
-                program = compile_for(problem, name, begin, placement, clock)
-                result = f"compiled in {program.compile_seconds:.1f} s"
+                how = {"compiler_options": EFFORT[options.effort]}
+                program = compile_for(problem, name, begin, placement, clock, **how)
+                result = (
+                    f"compiled in {program.compile_seconds:.1f} s "
+                    f"to {program.counts.kernels} kernels"
+                )
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
@@ -179,17 +188,29 @@ def abstract_start(problem: Problem, placement: Placement) -> Start:
 
 
 def compile_for(
-    problem: Problem, name: str, begin: Start, placement: Placement, clock: Clock
+    problem: Problem, name: str, begin: Start, placement: Placement, clock: Clock, **options: Any
 ) -> Program:
-    """A method, compiled for the devices of a placement; the carry stays where it was."""
+    """A method, compiled for the devices of a placement; the carry stays where it was.
+
+    Args:
+      problem: what is trained.
+      name: key of `METHODS`.
+      begin: from `abstract_start`.
+      placement: where all of it is.
+      clock: which times the compilation.
+      **options: of `jax.jit`.
+
+    Returns:
+      The program, which cannot run here.
+    """
     method = METHODS[name](problem)
     opt_state = jax.eval_shape(method.init, begin.params)
     # Of a shape, params and what mirrors them lie alike.
     opt_state = _placed(opt_state, placement.of_params(opt_state))
     carry = Carry(begin.params, opt_state, begin.stats)
     places = jax.tree.map(lambda x: x.sharding, carry)
-    out_shardings = (places, placement.everywhere)
-    return compile_steps(method, carry, begin.batch, clock, out_shardings=out_shardings)
+    options["out_shardings"] = (places, placement.everywhere)
+    return compile_steps(method, carry, begin.batch, clock, **options)
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

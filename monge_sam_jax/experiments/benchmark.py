@@ -99,6 +99,8 @@ class Bench:
       sharding: What lies where if --compile-for is for several devices. data shares out the batch,
         fsdp also the params, each along its largest axis that the devices divide. The default is
         both, one after the other.
+      effort: Of --compile-for. Compilers of TPUs take minutes for a step of a large model, with
+        little a tenth of that: with the same collectives, other kernels and memory.
       output: Folder for results.json and benchmark.png, or with --compile-for for counts.json.
         Those of an earlier run are overwritten.
     """
@@ -113,6 +115,7 @@ class Bench:
     seed: int = 0
     compile_for: str | None = None
     sharding: tuple[Sharding, ...] | None = None
+    effort: Literal["full", "little"] = "full"
     output: Path = Path("runs/bench")
 
     def check(self) -> None:
@@ -138,6 +141,8 @@ class Bench:
             raise InputError(f"--seed must be from 0 to {LARGEST_SEED}, got {self.seed}")
         if self.sharding and not self.compile_for:
             raise InputError("--sharding is for --compile-for: measurements are of one device")
+        if self.effort != "full" and not self.compile_for:
+            raise InputError("--effort is for --compile-for: what is measured is compiled in full")
 
     def resolved(self) -> "Bench":
         """The same with what depends on other options."""
