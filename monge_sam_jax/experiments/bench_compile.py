@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from monge_sam_jax.experiments import bench_models, report
+from monge_sam_jax.experiments import InputError, bench_models, report
 from monge_sam_jax.experiments.bench_counts import LARGE
 from monge_sam_jax.experiments.bench_measure import (
     CLOCKS,
@@ -133,6 +133,11 @@ def compile_model(
                     f"to {program.counts.kernels} kernels"
                 )
             except jax.errors.JaxRuntimeError as error:
+                if "No such compile option" in str(error):  # JAX 0.12 has it no more
+                    raise InputError(
+                        f"--effort {options.effort} is not known to this version of JAX's "
+                        "compiler for the target: leave it out, for full effort"
+                    ) from None
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 result = "is too large for the device's memory"
