@@ -286,7 +286,7 @@ def _advice(missing: list[inspect.Parameter]) -> str:
 
 
 # What the transformations of Optax take from `update` by name.
-OF_OPTAX = ("value", "grad", "value_fn", "grads", "loss", "key", "obj_fn", "hessian", "lr")
+OF_OPTAX = ("value", "grad", "value_fn", "obj_fn", "sample_size")
 
 
 def _check_spelling(not_given: Set[str], not_taken: Set[str]) -> None:

@@ -141,6 +141,7 @@ def robust_gradient_when(
         )
 
     def pass_on() -> RobustGradient:
+        _check_first(params, grads, axis_name)
         own = as_arrays(grads)
         mean = own if axis_name is None else jax.lax.pmean(own, axis_name)
         return RobustGradient(mean, metric_state, last)
@@ -169,12 +170,10 @@ def robust_gradient(
     `sharpness_aware` explains the arguments. With `axis_name`, `grads` is what this device found
     for its share of the batch, and what is returned is averaged over the axis.
     """
-    check_params_and_gradient(params, grads)
+    _check_first(params, grads, axis_name)
     params, grads = as_arrays((params, grads))
-    if axis_name is not None:
-        check_varying(grads, axis_name, source="the gradient given to update")
-        if sync_perturbation:
-            grads = jax.lax.pmean(grads, axis_name)
+    if axis_name is not None and sync_perturbation:
+        grads = jax.lax.pmean(grads, axis_name)
 
     chosen = broadcast_mask(mask, params)
     theta, g = select(chosen, params), select(chosen, grads)
@@ -210,6 +209,12 @@ def robust_gradient(
         else:
             second, diagnostics = jax.lax.pmean((second, diagnostics), axis_name)
     return RobustGradient(second, metric_state, diagnostics)
+
+
+def _check_first(params: Params, grads: Grads, axis_name: AxisName | None) -> None:
+    check_params_and_gradient(params, grads)
+    if axis_name is not None:
+        check_varying(grads, axis_name, source="the gradient given to update")
 
 
 def _evaluate(

@@ -8,7 +8,10 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from reference import CASES, example_batch, example_params, flat, network_grad, network_loss
+from trajectories import make_mesh, vary
 
 import monge_sam_jax as ms
 from monge_sam_jax import nnx as ms_nnx
@@ -181,6 +184,34 @@ def test_flax_nnx():
         delta = ms.worst_case_perturbation(ms.monge(), first, params, RHO if when else 0.0)
         expected = value(jax.tree.map(jnp.add, params, delta))
         np.testing.assert_allclose(flat(grads), flat(expected), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("when", [False, True])
+def test_over_devices(when, traced):
+    """A mean over them, or for a gradient that was summed already an error, also unperturbed."""
+    mesh, params = make_mesh(AxisType.Auto, data=4), jnp.array([1.0, 2.0])
+    batch = jnp.arange(16.0).reshape(8, 2) / 10
+
+    def loss(params, batch):
+        return jnp.mean((batch @ params) ** 2)
+
+    def run(vary_params):
+        def on_device(params, batch, now):
+            fn = ms.sharpness_aware_value_and_grad(
+                loss, metric=ms.monge(), rho=RHO, axis_name="data", when=now if traced else when
+            )
+            return fn(vary(params) if vary_params else params, batch)[1]
+
+        specs = (P(), P("data"), P())
+        mapped = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=P())
+        return jax.jit(mapped)(params, batch, jnp.asarray(when))
+
+    g = jax.grad(loss)(params, batch)
+    delta = ms.worst_case_perturbation(ms.monge(), g, params, RHO if when else 0.0)
+    np.testing.assert_allclose(run(True), jax.grad(loss)(params + delta, batch), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"does not vary over 'data'.*summed"):
+        run(False)
 
 
 def test_inject_hyperparams_takes_it_for_no_schedule():
