@@ -104,12 +104,20 @@ def get_diagnostics(opt_state: chex.ArrayTree) -> Diagnostics | MeasuredDiagnost
 
 
 def diagnose(
-    grad_norm: jax.Array, ascent: Ascent, multiple: jax.Array, rho: chex.Numeric
+    grad_norm: jax.Array,
+    ascent: Ascent,
+    multiple: jax.Array,
+    rho: chex.Numeric,
+    *,
+    isotropic: bool,
 ) -> Diagnostics:
     """Diagnostics of delta* = multiple * tangent of the ascent."""
     dtype = grad_norm.dtype
-    # For the Euclidean metric this sum of squares is the norm's own, which XLA computes once.
-    tangent_norm = euclidean_norm(ascent.tangent, dtype)
+    v = jax.lax.stop_gradient(ascent.tangent)
+    # A multiple of g has entries of order one, and is as long as its metric says: what XLA computed
+    # for that it does not compute again. Others may be short.
+    norm = euclidean_norm if isotropic else lambda v, dtype: jnp.sqrt(inner_product(v, v, dtype))
+    tangent_norm = norm(v, dtype)
     nonzero = grad_norm != 0
     length = bounded_product(tangent_norm, multiple.astype(dtype))
     perturbation_norm = jnp.where(nonzero, length, 0.0)

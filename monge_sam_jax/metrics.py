@@ -49,6 +49,7 @@ from jax.scipy.sparse.linalg import cg
 
 from monge_sam_jax._checks import check_nonnegative
 from monge_sam_jax._numerics import (
+    as_it_is,
     bounded_product,
     bounded_quotient,
     inner_product,
@@ -56,7 +57,6 @@ from monge_sam_jax._numerics import (
     scaled_norm,
     tree_scale,
     widen,
-    working_dtype,
 )
 
 Params: TypeAlias = chex.ArrayTree
@@ -216,17 +216,27 @@ def diagonal_fisher(eta: chex.Numeric = 1.0) -> Metric:
 
     def ascent(grads: Grads, params: Params, state: State) -> tuple[Ascent, State]:
         del params
-        dtype = working_dtype(grads)
-        root_eta = jnp.sqrt(jnp.asarray(eta, dtype))
+        g = scaled_norm(grads)
+        info = jnp.finfo(g.scale.dtype)
+        grads = jax.tree.map(lambda x: widen(x, info.dtype), grads)
+        root_eta = jnp.sqrt(jnp.asarray(eta, info.dtype))
+        # mu G^-1 g is of order one where it is largest, at eta f = 1 or the largest g, but
+        # 1 / kappa where kappa^2 = eta f is large. The factor b has the squares of both in range.
+        mu = jnp.maximum(root_eta, g.scale)
+        kappa = bounded_quotient(mu, g.scale)
+        b = jnp.sqrt(kappa)
 
-        def divide_by_root(x: jax.Array, g: jax.Array) -> jax.Array:
-            u, r = lift_factors(jnp.abs(widen(g, dtype)), root_eta)  # r / u = sqrt(1 + eta f)
-            x = widen(x, dtype)
-            return x * u.astype(x.dtype) / r.astype(x.dtype)
+        def divide(x: jax.Array) -> jax.Array:  # b mu x / (1 + eta f), no square out of range
+            s = jnp.minimum(jnp.abs(as_it_is(x) * root_eta.astype(x.dtype)), 1 / info.tiny)
+            q = jax.lax.stop_gradient(1 / jnp.maximum(s, 1.0))
+            w = jnp.abs(x * (q * root_eta).astype(x.dtype))  # 1 + eta f = (q^2 + w^2) / q^2
+            return x * (q * mu).astype(x.dtype) * (b * q / (q**2 + w**2)).astype(x.dtype)
 
-        h = scaled_norm(jax.tree.map(divide_by_root, grads, grads))
-        tangent = jax.tree.map(divide_by_root, h.unit, grads)
-        return Ascent(tangent, dual_norm=h.norm, length=h.unit_norm), state
+        v = jax.tree.map(divide, grads)
+        product = inner_product(tree_scale(mu / b, grads), v, info.dtype)  # mu^2 g^T G^-1 g
+        n = jnp.sqrt(jnp.maximum(product, info.tiny ** (1 / 3)))
+        dual_norm = bounded_quotient(jnp.where(g.inverse_scale != 0, n, 0.0), mu)
+        return Ascent(v, dual_norm, length=b * n), state
 
     return Metric(stateless, ascent)
 

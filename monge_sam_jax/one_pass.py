@@ -366,7 +366,7 @@ def _perturb(
     k, tangent, scaled = ascent_multiple(ascent, rho), ascent.tangent, scaled_norm(g)
     multiple = k * euclidean_norm(tangent, k.dtype) / scaled.unit_norm
     delta = tree_scale(multiple, scaled.unit) if metric.isotropic else tree_scale(k, tangent)
-    diagnostics = diagnose(scaled.norm, ascent, k, rho)
+    diagnostics = diagnose(scaled.norm, ascent, k, rho, isotropic=metric.isotropic)
     return _Perturbation(delta, multiple, scaled, metric_state, diagnostics)
 
 

@@ -197,7 +197,7 @@ def robust_gradient(
     second = jax.tree.map(lambda s: s * finite.astype(s.dtype), second)
 
     diagnostics: Diagnostics | MeasuredDiagnostics
-    diagnostics = basic = diagnose(g_norm.norm, ascent, k, rho)
+    diagnostics = basic = diagnose(g_norm.norm, ascent, k, rho, isotropic=metric.isotropic)
     if measure:
         realised = jax.tree.map(
             lambda q, p, d: widen(q, d.dtype) - widen(p, d.dtype), perturbed, theta, delta

@@ -281,7 +281,7 @@ def test_lengths_over_the_range_of_float32(name, lifted):
         for actual, expected in zip(seen, (length, dual_norm), strict=True):
             if expected > 1e-35:
                 assert float(actual) == pytest.approx(min(expected, LARGEST), rel=2e-6)
-        if name != "fisher" and length > 1e-35:
+        if length > 1e-35:
             seen = float(state.diagnostics.perturbation_norm)
             assert seen == pytest.approx(length, rel=2e-6)
         assert np.all(np.isfinite(jax.tree.leaves(state)))
