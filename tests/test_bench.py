@@ -127,12 +127,12 @@ def of_microbatches(params, batch, step):
     return {name: np.mean([g[name] for g in grads], axis=0) for name in params}
 
 
-def every(period):
+def every(period, first=0):
     """The gradient at Monge's step at every so many steps, the ordinary one in between."""
 
     def robust(params, batch, step):
         g = gradient(params, batch)
-        return gradient(monge_step(params, g), batch) if step % period == 0 else g
+        return gradient(monge_step(params, g), batch) if step % period == first else g
 
     return robust
 
@@ -152,7 +152,7 @@ LITERAL = {
     "fisher_sam": at_perturbed(fisher_step),
     "monge_m_sharpness": of_microbatches,
     "monge_period_5": every(5),
-    "monge_late": every(10),
+    "monge_late": every(10, first=9),
     "monge_last_layer": at_perturbed(last_layer_step),
     "monge_quarter_batch": at_perturbed(monge_step, first=slice(None, None, 4)),
 }

@@ -30,7 +30,7 @@ from monge_sam_jax.parallel import How
 
 RHO = 0.05
 PERIOD = 5
-LATE_PERIOD = 10  # that a tenth of the steps perturb
+LATE = 10  # of which a tenth perturbs
 ASCENT_FRACTION = 0.25
 
 Params: TypeAlias = chex.ArrayTree
@@ -273,26 +273,25 @@ def monge_m_sharpness(problem: Problem) -> Method:
 
 def monge_period_5(problem: Problem) -> Method:
     """Monge SAM at every fifth step, the base optimizer alone in between."""
-    return perturbed_every(PERIOD, problem)
+    return perturbed_at_times(problem, PERIOD, lambda count: count % PERIOD == 0)
 
 
 def monge_late(problem: Problem) -> Method:
-    """Monge SAM in the last tenth of training, measured as one step of ten."""
-    return perturbed_every(LATE_PERIOD, problem)
+    """Monge SAM in the last tenth of training, measured as the last one of ten steps."""
+    return perturbed_at_times(problem, LATE, lambda count: count % LATE == LATE - 1)
 
 
-def perturbed_every(period: int, problem: Problem) -> Method:
-    """A cycle of so many steps, of which the first perturbs.
+def perturbed_at_times(problem: Problem, steps: int, when: Callable[[Any], Any]) -> Method:
+    """A cycle of so many steps: chain(monge_sam(grad_fn, when=when), base).
 
-    chain(monge_sam(grad_fn, period=period), base); or two programs that take turns, where the
-    gradient does not go into a conditional.
+    Or two programs that take turns, where the gradient does not go into a conditional.
     """
     if fits_in_loops(problem):
-        chained = in_chain(problem, monge_sam, period=period)
-        return chained._replace(cycle=chained.cycle * period, descents=period)
-    perturbed = with_gradient(problem, robust(problem))
-    in_between = plain(problem).cycle * (period - 1)
-    return perturbed._replace(cycle=perturbed.cycle + in_between, descents=period)
+        chained = in_chain(problem, monge_sam, when=when)
+        return chained._replace(cycle=chained.cycle * steps, descents=steps)
+    perturbed, others = with_gradient(problem, robust(problem)), plain(problem)
+    cycle = tuple((perturbed if when(count) else others).cycle[0] for count in range(steps))
+    return perturbed._replace(cycle=cycle, descents=steps)
 
 
 def monge_last_layer(problem: Problem) -> Method:

@@ -78,7 +78,7 @@ class Bench:
         is optax.contrib.sam (transparent takes two calls for a descent step, which count together),
         the others are this package's. The default is all of them; in preset tiny monge_sam and
         one_pass_gradient. monge_late perturbs in the last tenth of training, measured
-        as one step of ten.
+        as the last one of ten steps.
       preset: Size of models and batches. tiny takes less than a minute, nearly all of it to
         compile (hastily, so that compile times mean as little as ratios); small takes a quarter of
         an hour on two processor cores; gpu is for one large accelerator, takes ten minutes there
