@@ -21,7 +21,7 @@ SLICE = "v5e:2x4"
 MOVED = """
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from monge_sam_jax._numerics import LAUNCH_BYTES, euclidean_norm, scaled_norm
+from monge_sam_jax._core.numerics import LAUNCH_BYTES, euclidean_norm, scaled_norm
 from monge_sam_jax.experiments.bench_counts import count
 from monge_sam_jax.experiments.bench_targets import mesh_of
 from monge_sam_jax.experiments.placement import AXIS

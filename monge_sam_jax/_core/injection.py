@@ -6,7 +6,7 @@ made to look like no function.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 Builder = TypeVar("Builder", bound=Callable[..., Any])
@@ -42,6 +42,22 @@ def injectable(builder: Builder) -> Builder:
         list(signature.parameters.values()), return_annotation=signature.return_annotation
     )
     return builder
+
+
+def spelling_out(names: Iterable[str], of: Callable[..., Any]) -> Callable[[Builder], Builder]:
+    """Gives `**options` of a builder the names that they have in another function.
+
+    For `help`, and for `optax.inject_hyperparams`: the builder is `injectable` then.
+    """
+
+    def spell_out(builder: Builder) -> Builder:
+        own = inspect.signature(builder).parameters.values()
+        parameters = [p for p in own if p.kind is not p.VAR_KEYWORD]
+        parameters += [inspect.signature(of).parameters[name] for name in names]
+        builder.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return injectable(builder)
+
+    return spell_out
 
 
 def unfixed(option: Any) -> Any:
