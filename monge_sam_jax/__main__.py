@@ -1,25 +1,38 @@
 """The command `monge-sam`."""
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from monge_sam_jax.experiments import InputError, LostProcessError
-from monge_sam_jax.experiments.bad_minimum import BadMinimum
-from monge_sam_jax.experiments.benchmark import Bench
-from monge_sam_jax.experiments.clip_alignment import Clip
-from monge_sam_jax.experiments.digits import Train
-from monge_sam_jax.experiments.figures import Figures
-from monge_sam_jax.experiments.quality import Quality
+from monge_sam_jax.experiments.bad_minimum.options import BadMinimum
+from monge_sam_jax.experiments.bench.options import Bench
+from monge_sam_jax.experiments.clip.options import Clip
+from monge_sam_jax.experiments.common.errors import InputError, LostProcessError
+from monge_sam_jax.experiments.figures.options import Figures
+from monge_sam_jax.experiments.quality.options import Quality
+from monge_sam_jax.experiments.train.options import Train
 
-# Classes of options, each with a method `run`.
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "train": Train,
-    "figures": Figures,
-    "bench": Bench,
-    "quality": Quality,
-    "bad-minimum": BadMinimum,
-    "clip": Clip,
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+      options: what the command line is parsed into.
+      runner: module:function that takes them; loaded when it is called, so that help is quick.
+    """
+
+    options: Callable[..., Any]
+    runner: str
+
+
+COMMANDS = {
+    "train": Command(Train, "monge_sam_jax.experiments.train.run:run"),
+    "figures": Command(Figures, "monge_sam_jax.experiments.figures.run:run"),
+    "bench": Command(Bench, "monge_sam_jax.experiments.bench.run:run"),
+    "quality": Command(Quality, "monge_sam_jax.experiments.quality.run:run"),
+    "bad-minimum": Command(BadMinimum, "monge_sam_jax.experiments.bad_minimum.run:run"),
+    "clip": Command(Clip, "monge_sam_jax.experiments.clip.run:run"),
 }
 
 
@@ -36,10 +49,13 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         import tyro
 
-        command = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="monge-sam", description="Sharpness-aware training in JAX.", args=args
+        options = tyro.extras.subcommand_cli_from_dict(
+            {name: command.options for name, command in COMMANDS.items()},
+            prog="monge-sam",
+            description="Sharpness-aware training in JAX.",
+            args=args,
         )
-        command.run()
+        run(options)
     except InputError as error:
         _fail(str(error))
     except LostProcessError as error:
@@ -48,6 +64,13 @@ def main(args: Sequence[str] | None = None) -> None:
         if error.name not in ("matplotlib", "orbax", "rich", "sklearn", "tyro"):
             raise
         _fail(f"{error.name} is missing; pip install 'monge_sam_jax[cli]'")
+
+
+def run(options: Any) -> None:
+    """Runs the command whose options they are."""
+    runners = {command.options: command.runner for command in COMMANDS.values()}
+    module, _, function = runners[type(options)].partition(":")
+    getattr(importlib.import_module(module), function)(options)
 
 
 def _fail(message: str, code: int = 2) -> None:

@@ -12,8 +12,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from monge_sam_jax._checks import check_at_least
-from monge_sam_jax._numerics import scaled_norm, widen, working_dtype
+from monge_sam_jax._core.checks import check_at_least
+from monge_sam_jax._core.numerics import scaled_norm, widen, working_dtype
+
+__all__ = ["Alignment", "clip_loss", "mutual_knn_alignment"]
 
 # Entries of the similarity matrix that are held at a time: 32 MiB in float32.
 _BLOCK_ENTRIES = 2**23

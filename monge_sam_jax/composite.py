@@ -17,9 +17,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from monge_sam_jax._checks import broadcast_prefix, check_positive
-from monge_sam_jax._numerics import bounded_product, scaled_norm, tree_scale, working_dtype
+from monge_sam_jax._core.checks import broadcast_prefix, check_positive
+from monge_sam_jax._core.numerics import bounded_product, scaled_norm, tree_scale, working_dtype
 from monge_sam_jax.metrics import Ascent, Grads, Metric, Params, State
+
+__all__ = ["Labels", "grouped", "scaled"]
 
 # A tree of labels, a prefix of the params; or a function of the params that returns one.
 Labels: TypeAlias = Any | Callable[[Params], Any]

@@ -16,9 +16,11 @@ import optax
 from jax.flatten_util import ravel_pytree
 from scipy.sparse.linalg import LinearOperator, eigsh  # type: ignore[import-untyped]
 
-from monge_sam_jax._checks import check_at_least
+from monge_sam_jax._core.checks import check_at_least
 from monge_sam_jax.metrics import Metric, Params
 from monge_sam_jax.perturbation import worst_case_perturbation
+
+__all__ = ["LossFn", "hessian", "hessian_trace", "hvp", "sharpness", "top_eigenvalues"]
 
 LossFn: TypeAlias = Callable[[Params], jax.Array]
 

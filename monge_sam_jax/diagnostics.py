@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from monge_sam_jax._numerics import (
+from monge_sam_jax._core.numerics import (
     bounded_product,
     bounded_quotient,
     euclidean_norm,
@@ -14,6 +14,8 @@ from monge_sam_jax._numerics import (
     scaled_norm,
 )
 from monge_sam_jax.metrics import Ascent, Grads, Params
+
+__all__ = ["Diagnostics", "MeasuredDiagnostics", "get_diagnostics"]
 
 
 class Diagnostics(NamedTuple):

@@ -7,8 +7,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from monge_sam_jax._batches import part_of_batch
-from monge_sam_jax._checks import check_nonnegative
+from monge_sam_jax._core.batches import part_of_batch
+from monge_sam_jax._core.checks import check_nonnegative
 from monge_sam_jax.diagnostics import no_diagnostics
 from monge_sam_jax.metrics import Grads, Metric, Params
 from monge_sam_jax.perturbation import (
@@ -19,6 +19,8 @@ from monge_sam_jax.perturbation import (
     init_metric,
     robust_gradient_when,
 )
+
+__all__ = ["sharpness_aware_value_and_grad"]
 
 
 def sharpness_aware_value_and_grad(

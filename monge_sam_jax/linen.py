@@ -18,15 +18,17 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training.dynamic_scale import DynamicScale
 from flax.training.train_state import TrainState
 
-from monge_sam_jax._collectives import make_varying
-from monge_sam_jax._train_state import SharpnessAwareTrainState as SharpnessAwareTrainState
-from monge_sam_jax._train_state import bind
+from monge_sam_jax._core.collectives import make_varying
+from monge_sam_jax._core.train_state import SharpnessAwareTrainState as SharpnessAwareTrainState
+from monge_sam_jax._core.train_state import bind
 from monge_sam_jax.diagnostics import Diagnostics, MeasuredDiagnostics, get_diagnostics
 from monge_sam_jax.gradients import sharpness_aware_value_and_grad
 from monge_sam_jax.loss_scaling import loss_scaled, update_dynamic_scale
 from monge_sam_jax.metrics import Grads, Metric, Params
 from monge_sam_jax.perturbation import AxisName, Mask, When, check_when
 from monge_sam_jax.transforms import SharpnessAwareState
+
+__all__ = ["SharpnessAwareTrainState", "make_train_step"]
 
 PyTree = Any
 

@@ -13,9 +13,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from monge_sam_jax._checks import check_nonnegative
-from monge_sam_jax._numerics import widen, working_dtype
+from monge_sam_jax._core.checks import check_nonnegative
+from monge_sam_jax._core.numerics import widen, working_dtype
 from monge_sam_jax.metrics import Grads
+
+__all__ = ["loss_scaled", "update_dynamic_scale"]
 
 DynamicScale = TypeVar("DynamicScale", bound=Any)  # flax.training.dynamic_scale.DynamicScale
 

@@ -47,8 +47,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.sparse.linalg import cg
 
-from monge_sam_jax._checks import check_nonnegative
-from monge_sam_jax._numerics import (
+from monge_sam_jax._core.checks import check_nonnegative
+from monge_sam_jax._core.numerics import (
     as_it_is,
     bounded_product,
     bounded_quotient,
@@ -58,6 +58,19 @@ from monge_sam_jax._numerics import (
     tree_scale,
     widen,
 )
+
+__all__ = [
+    "Ascent",
+    "Grads",
+    "Metric",
+    "Params",
+    "State",
+    "adaptive",
+    "diagonal_fisher",
+    "euclidean",
+    "monge",
+    "pullback",
+]
 
 Params: TypeAlias = chex.ArrayTree
 Grads: TypeAlias = chex.ArrayTree

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import filterlib
 
-from monge_sam_jax._collectives import make_varying
+from monge_sam_jax._core.collectives import make_varying
 from monge_sam_jax.diagnostics import no_diagnostics
 from monge_sam_jax.gradients import conjugate
 from monge_sam_jax.metrics import Grads, Metric, Params
@@ -30,6 +30,8 @@ from monge_sam_jax.perturbation import (
     robust_gradient_when,
 )
 from monge_sam_jax.running_statistics import refresh_running_statistics
+
+__all__ = ["evaluation_model", "grad_fn", "refresh_batch_stats", "sharpness_aware_value_and_grad"]
 
 if hasattr(nnx, "as_pure"):
     _as_pure: Callable[[Any], Any] = nnx.as_pure

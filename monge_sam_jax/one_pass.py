@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from monge_sam_jax import _surroundings as around
-from monge_sam_jax._checks import check_params, check_params_and_gradient, check_state
-from monge_sam_jax._injection import injectable, unfixed
-from monge_sam_jax._momentum import FromMomentum, find_momentum, is_from_momentum, is_marker
-from monge_sam_jax._numerics import (
+from monge_sam_jax._core import surroundings as around
+from monge_sam_jax._core.checks import check_params, check_params_and_gradient, check_state
+from monge_sam_jax._core.injection import injectable, unfixed
+from monge_sam_jax._core.momentum import FromMomentum, find_momentum, is_from_momentum, is_marker
+from monge_sam_jax._core.numerics import (
     ScaledNorm,
     as_arrays,
     euclidean_norm,
@@ -42,6 +42,8 @@ from monge_sam_jax.perturbation import (
     select,
 )
 from monge_sam_jax.transforms import SharpnessAwareState
+
+__all__ = ["Direction", "FromMomentum", "OnePassState", "one_pass_sam", "unperturbed_params"]
 
 Direction: TypeAlias = Literal["gradient", "momentum"]
 ANOTHER = (

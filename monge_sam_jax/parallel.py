@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from monge_sam_jax._batches import WHOLE, describe, sample_dimensions
-from monge_sam_jax._numerics import widen, working_dtype
+from monge_sam_jax._core.batches import WHOLE, describe, sample_dimensions
+from monge_sam_jax._core.numerics import widen, working_dtype
+
+__all__ = ["How", "ValueAndGrad", "accumulated", "m_sharpness", "per_shard"]
 
 PyTree = Any
 ValueAndGrad: TypeAlias = Callable[..., Any]

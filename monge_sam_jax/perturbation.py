@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from monge_sam_jax._checks import (
+from monge_sam_jax._core.checks import (
     broadcast_prefix,
     check_nonnegative,
     check_params_and_gradient,
     check_second_gradient,
 )
-from monge_sam_jax._collectives import average_varying, check_varying, make_varying
-from monge_sam_jax._injection import NOT_A_SCHEDULE
-from monge_sam_jax._numerics import as_arrays, scaled_norm, tree_scale, widen
+from monge_sam_jax._core.collectives import average_varying, check_varying, make_varying
+from monge_sam_jax._core.injection import NOT_A_SCHEDULE
+from monge_sam_jax._core.numerics import as_arrays, scaled_norm, tree_scale, widen
 from monge_sam_jax.diagnostics import (
     Diagnostics,
     MeasuredDiagnostics,
@@ -25,6 +25,8 @@ from monge_sam_jax.diagnostics import (
     diagnose,
 )
 from monge_sam_jax.metrics import Ascent, Grads, Metric, Params, State, stateless
+
+__all__ = ["AxisName", "Mask", "When", "worst_case_perturbation"]
 
 # A tree of bools, a prefix of the params; or a function of the params that returns one.
 Mask: TypeAlias = Any

@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from monge_sam_jax._numerics import working_dtype
+from monge_sam_jax._core.numerics import working_dtype
 from monge_sam_jax.metrics import Params
+
+__all__ = ["refresh_running_statistics"]
 
 PyTree = Any
 PROBE = 2.0**20  # large against any activation, so that its weight in an average can be read off

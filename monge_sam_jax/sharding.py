@@ -8,6 +8,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from monge_sam_jax.metrics import Params
 
+__all__ = ["init_sharded"]
+
 
 def init_sharded(tx: optax.GradientTransformation, params: Params) -> optax.OptState:
     """`tx.init(params)` with the shardings of the params, made in place on their devices.

@@ -24,10 +24,12 @@ import optax
 from jax.flatten_util import ravel_pytree
 from scipy.sparse.linalg import eigs  # type: ignore[import-untyped]
 
-from monge_sam_jax._numerics import scaled_norm, tree_scale
+from monge_sam_jax._core.numerics import scaled_norm, tree_scale
 from monge_sam_jax.curvature import LossFn, arpack, check_arpack, check_real, krylov_dimension
 from monge_sam_jax.metrics import Grads, Metric, Params
 from monge_sam_jax.perturbation import worst_case_perturbation
+
+__all__ = ["critical_radius", "is_attractor", "stability_eigenvalues", "stability_matrix"]
 
 
 def stability_matrix(

@@ -30,10 +30,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from monge_sam_jax._checks import check_nonnegative
+from monge_sam_jax._core.checks import check_nonnegative
 from monge_sam_jax.metrics import Metric
 from monge_sam_jax.perturbation import worst_case_perturbation
 from monge_sam_jax.transforms import sharpness_aware
+
+__all__ = ["ToyLoss", "banana", "paraboloid", "perturbed_points", "sinc", "trajectory"]
 
 # A loss of one point, shape (d,); of many, shape (..., d), if it is to be drawn.
 ToyLoss = Callable[[jax.Array], jax.Array]

@@ -1,6 +1,5 @@
 """Sharpness-aware steps as Optax transformations."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict, Unpack
 
@@ -9,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from monge_sam_jax._checks import bind_grad_fn, check_state
-from monge_sam_jax._injection import NOT_A_SCHEDULE, Builder, injectable, unfixed
-from monge_sam_jax._surroundings import check_surroundings
+from monge_sam_jax._core.checks import bind_grad_fn, check_state
+from monge_sam_jax._core.injection import NOT_A_SCHEDULE, injectable, spelling_out, unfixed
+from monge_sam_jax._core.surroundings import check_surroundings
 from monge_sam_jax.diagnostics import Diagnostics, MeasuredDiagnostics, no_diagnostics
 from monge_sam_jax.metrics import (
     Grads,
@@ -34,6 +33,16 @@ from monge_sam_jax.perturbation import (
     init_metric,
     robust_gradient_when,
 )
+
+__all__ = [
+    "GradFn",
+    "SharpnessAwareState",
+    "adaptive_sam",
+    "fisher_sam",
+    "monge_sam",
+    "sam",
+    "sharpness_aware",
+]
 
 GradFn = Callable[..., Grads]
 
@@ -159,7 +168,6 @@ def sharpness_aware(
         grad_fn: GradFn | None = None,
         **extra_args: Any,
     ) -> tuple[Grads, SharpnessAwareState]:
-        grads = updates
         check_state(state, SharpnessAwareState, "sharpness_aware")
         check_surroundings(lambda x: isinstance(x, SharpnessAwareState), state, params)
         given = builder_grad_fn if grad_fn is None else grad_fn
@@ -168,12 +176,10 @@ def sharpness_aware(
                 "the state of the metric is that of another one: make the state of the "
                 "transformation anew, tx.init(params), and keep those of the other links"
             )
-        second_grad_fn = bind_grad_fn(given, params, extra_args)
-
         robust = robust_gradient_when(
             perturb_now(state.count),
-            second_grad_fn,
-            grads,
+            bind_grad_fn(given, params, extra_args),
+            updates,
             params,
             metric=metric,
             metric_state=state.metric_state,
@@ -218,14 +224,7 @@ class Options(TypedDict, total=False):
     widen_params: bool
 
 
-def _spell_out_options(builder: Builder) -> Builder:
-    """Gives `**options` its names, for `help` and for `optax.inject_hyperparams`."""
-    own = inspect.signature(builder).parameters.values()
-    all_options = inspect.signature(sharpness_aware).parameters
-    parameters = [p for p in own if p.kind is not p.VAR_KEYWORD]
-    parameters += [all_options[name] for name in Options.__annotations__]
-    builder.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return injectable(builder)
+_spell_out_options = spelling_out(Options.__annotations__, sharpness_aware)
 
 
 @_spell_out_options

@@ -19,7 +19,7 @@
 # better one?
 #
 # These are the settings of the tests, which take seconds: 100 images, a small network, 20 epochs.
-# `monge-sam bad-minimum`, or `BadMinimum().run()`, is the real thing, in minutes.
+# `monge-sam bad-minimum`, or `run(BadMinimum())`, is the real thing, in minutes.
 
 # %%
 import tempfile
@@ -27,10 +27,11 @@ from pathlib import Path
 
 from IPython.display import Image
 
-from monge_sam_jax.experiments.bad_minimum import BadMinimum
+from monge_sam_jax.experiments.bad_minimum.options import BadMinimum
+from monge_sam_jax.experiments.bad_minimum.run import run
 
 output = Path(tempfile.mkdtemp())
-BadMinimum(preset="smoke", seeds=2, rho=(0.1, 0.5, 2.0), output=output).run()
+run(BadMinimum(preset="smoke", seeds=2, rho=(0.1, 0.5, 2.0), output=output))
 
 # %%
 Image(output / "figure6.png", width=700)

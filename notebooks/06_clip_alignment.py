@@ -18,7 +18,7 @@
 # pairs of a third kind?
 #
 # This is the smallest preset: batches of 32, two seeds, 96 test pairs. `monge-sam clip`, or
-# `Clip().run()`, is the real thing, in minutes; with `--data` it takes pairs of your own, with
+# `run(Clip())`, is the real thing, in minutes; with `--data` it takes pairs of your own, with
 # `--embeddings` latents of another model.
 
 # %%
@@ -28,10 +28,11 @@ from pathlib import Path
 
 from IPython.display import Image, Markdown
 
-from monge_sam_jax.experiments.clip_alignment import Clip
+from monge_sam_jax.experiments.clip.options import Clip
+from monge_sam_jax.experiments.clip.run import run
 
 output = Path(tempfile.mkdtemp())
-Clip(preset="smoke", sgd_rates=(0.01,), output=output).run()
+run(Clip(preset="smoke", sgd_rates=(0.01,), output=output))
 
 # %%
 Markdown((output / "tables.md").read_text())

@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from monge_sam_jax import __main__, plotting_bad_minimum
-from monge_sam_jax.experiments import InputError, bad_minimum_claims, confusion, kept
-from monge_sam_jax.experiments import bad_minimum_run as running
-from monge_sam_jax.experiments import bad_minimum_training as training
-from monge_sam_jax.experiments.bad_minimum import PRESETS, BadMinimum
-from monge_sam_jax.experiments.bad_minimum_data import Source
-from monge_sam_jax.experiments.bad_minimum_report import COLUMNS, final
-from monge_sam_jax.experiments.data import Batch, shuffled_rows
+from monge_sam_jax import __main__
+from monge_sam_jax.experiments.bad_minimum import claims as bad_minimum_claims
+from monge_sam_jax.experiments.bad_minimum import plots as plotting_bad_minimum
+from monge_sam_jax.experiments.bad_minimum import run as running
+from monge_sam_jax.experiments.bad_minimum import training
+from monge_sam_jax.experiments.bad_minimum.data import Source
+from monge_sam_jax.experiments.bad_minimum.options import PRESETS, BadMinimum
+from monge_sam_jax.experiments.bad_minimum.report import COLUMNS, final
+from monge_sam_jax.experiments.common import confusion, kept
+from monge_sam_jax.experiments.common.data import Batch, shuffled_rows
+from monge_sam_jax.experiments.common.errors import InputError
 
 RHO = (0.1, 2.0)
 OPTIONS = ["--preset", "smoke", "--seeds", "2", "--epochs", "6", "--evaluations", "3"]

@@ -20,18 +20,15 @@ import optax
 import pytest
 
 from monge_sam_jax.__main__ import main
-from monge_sam_jax.experiments import (
-    InputError,
-    bench_compile,
-    bench_measure,
-    bench_models,
-    bench_progress,
-    bench_report,
-    bench_targets,
-    benchmark,
-)
-from monge_sam_jax.experiments.bench_counts import Counts, count
-from monge_sam_jax.experiments.bench_measure import (
+from monge_sam_jax.experiments.bench import compile as bench_compile
+from monge_sam_jax.experiments.bench import measure as bench_measure
+from monge_sam_jax.experiments.bench import models as bench_models
+from monge_sam_jax.experiments.bench import options as benchmark
+from monge_sam_jax.experiments.bench import progress as bench_progress
+from monge_sam_jax.experiments.bench import run as bench_report
+from monge_sam_jax.experiments.bench import targets as bench_targets
+from monge_sam_jax.experiments.bench.counts import Counts, count
+from monge_sam_jax.experiments.bench.measure import (
     Program,
     Start,
     compile_method,
@@ -43,10 +40,11 @@ from monge_sam_jax.experiments.bench_measure import (
     start,
     without_compilation_cache,
 )
-from monge_sam_jax.experiments.bench_steps import METHODS, RHO, Carry, Method
-from monge_sam_jax.experiments.data import Batch
-from monge_sam_jax.experiments.placement import AXIS, Placement
-from monge_sam_jax.plotting_bench import benchmark_figure
+from monge_sam_jax.experiments.bench.plots import benchmark_figure
+from monge_sam_jax.experiments.bench.steps import METHODS, RHO, Carry, Method
+from monge_sam_jax.experiments.common.data import Batch
+from monge_sam_jax.experiments.common.errors import InputError
+from monge_sam_jax.experiments.common.placement import AXIS, Placement
 
 # --- the methods compute what they say ---
 
@@ -1070,7 +1068,7 @@ def test_the_clock_depends_on_the_device(monkeypatch):
 
 def test_the_options_are_light_to_import():
     script = (
-        "import sys, monge_sam_jax.experiments.benchmark\n"
+        "import sys, monge_sam_jax.experiments.bench.options\n"
         "heavy = {'flax', 'matplotlib', 'rich', 'sklearn', 'tyro'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -9,9 +9,10 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from monge_sam_jax.experiments import InputError, cifar10
-from monge_sam_jax.experiments.bad_minimum import BadMinimum
-from monge_sam_jax.experiments.bad_minimum_data import Source
+from monge_sam_jax.experiments.bad_minimum import cifar10
+from monge_sam_jax.experiments.bad_minimum.data import Source
+from monge_sam_jax.experiments.bad_minimum.options import BadMinimum
+from monge_sam_jax.experiments.common.errors import InputError
 
 RECONSTRUCT = np.empty(0).__reduce__()[0]
 

@@ -12,13 +12,17 @@ from matplotlib.image import imread
 from PIL import Image
 
 from monge_sam_jax import __main__
-from monge_sam_jax.experiments import InputError, clip_data, clip_report, clip_scenes, clip_study
-from monge_sam_jax.experiments import clip_training as training
-from monge_sam_jax.experiments.clip_alignment import PRESETS, Clip
-from monge_sam_jax.experiments.clip_latents import without_first_component
-from monge_sam_jax.experiments.clip_model import batch_loss, embed
-from monge_sam_jax.experiments.clip_training import Cell
-from monge_sam_jax.plotting_clip import Panel, figure_7
+from monge_sam_jax.experiments.clip import data as clip_data
+from monge_sam_jax.experiments.clip import report as clip_report
+from monge_sam_jax.experiments.clip import run as clip_study
+from monge_sam_jax.experiments.clip import scenes as clip_scenes
+from monge_sam_jax.experiments.clip import training
+from monge_sam_jax.experiments.clip.latents import without_first_component
+from monge_sam_jax.experiments.clip.model import batch_loss, embed
+from monge_sam_jax.experiments.clip.options import PRESETS, Clip
+from monge_sam_jax.experiments.clip.plots import Panel, figure_7
+from monge_sam_jax.experiments.clip.training import Cell
+from monge_sam_jax.experiments.common.errors import InputError
 
 SMOKE = Clip(preset="smoke", sgd_rates=(0.01,), rho=(0.1, 1.0))
 PLAIN = clip_scenes.Distribution(

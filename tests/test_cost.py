@@ -12,7 +12,8 @@ import optax
 import pytest
 
 import monge_sam_jax as ms
-from monge_sam_jax.experiments import bench_measure, bench_models
+from monge_sam_jax.experiments.bench import measure as bench_measure
+from monge_sam_jax.experiments.bench import models as bench_models
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 

@@ -15,7 +15,9 @@ from reference import banana_gradient
 import monge_sam_jax as ms
 from monge_sam_jax import toy
 from monge_sam_jax.__main__ import main
-from monge_sam_jax.experiments import paper_analysis, paper_figures, paper_trajectories
+from monge_sam_jax.experiments.figures import analysis as paper_analysis
+from monge_sam_jax.experiments.figures import run as paper_figures
+from monge_sam_jax.experiments.figures import trajectories as paper_trajectories
 
 METHODS = ("SAM", "M-SAM")
 
@@ -253,7 +255,7 @@ def test_single_precision_is_back_after_drawing(results):
 
 
 def test_no_number_means_all():
-    from monge_sam_jax.experiments.figures import Figures
+    from monge_sam_jax.experiments.figures.options import Figures
 
     assert Figures().numbers == Figures(()).numbers == (1, 2, 3, 4, 5)
 
@@ -279,7 +281,7 @@ def test_an_output_that_is_a_file_is_refused(tmp_path, capsys):
 
 def test_the_options_are_light_to_import():
     script = (
-        "import sys, monge_sam_jax.experiments.figures\n"
+        "import sys, monge_sam_jax.experiments.figures.options\n"
         "heavy = {'flax', 'matplotlib', 'rich', 'scipy.optimize', 'tyro'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 from trajectories import make_mesh
 
 import monge_sam_jax as ms
-from monge_sam_jax._numerics import LAUNCH_BYTES, euclidean_norm, inner_product, scaled_norm
-from monge_sam_jax.experiments.bench_models import MLP, Transformer
+from monge_sam_jax._core.numerics import LAUNCH_BYTES, euclidean_norm, inner_product, scaled_norm
+from monge_sam_jax.experiments.bench.models import MLP, Transformer
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 

@@ -10,10 +10,11 @@ import pytest
 from matplotlib.image import imread
 
 from monge_sam_jax import __main__
-from monge_sam_jax.experiments import quality_tasks, quality_training
-from monge_sam_jax.experiments.data import shuffled_rows
-from monge_sam_jax.experiments.quality import Quality
-from monge_sam_jax.experiments.quality_tasks import Batch, Problem, mean_loss
+from monge_sam_jax.experiments.common.data import shuffled_rows
+from monge_sam_jax.experiments.quality import tasks as quality_tasks
+from monge_sam_jax.experiments.quality import training as quality_training
+from monge_sam_jax.experiments.quality.options import Quality
+from monge_sam_jax.experiments.quality.tasks import Batch, Problem, mean_loss
 
 WIDTH = 16
 

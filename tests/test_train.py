@@ -20,20 +20,16 @@ from matplotlib.colors import to_rgb
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from monge_sam_jax import plotting
 from monge_sam_jax.__main__ import main
-from monge_sam_jax.experiments import (
-    InputError,
-    checkpoints,
-    comparison,
-    data,
-    digits,
-    models,
-    placement,
-    report,
-    task,
-    training,
-)
+from monge_sam_jax.experiments.common import data, placement, report, task
+from monge_sam_jax.experiments.common import plots as plotting
+from monge_sam_jax.experiments.common.errors import InputError
+from monge_sam_jax.experiments.train import checkpoints, comparison, training
+from monge_sam_jax.experiments.train.data import from_file
+from monge_sam_jax.experiments.train.models import CNN, MLP
+from monge_sam_jax.experiments.train.options import Train
+from monge_sam_jax.experiments.train.plots import training_figure
+from monge_sam_jax.experiments.train.report import COLUMNS, format_estimate
 
 EPOCHS, BATCH_SIZE = 3, 64
 OPTIMIZERS = ("sgd", "sam", "monge_sam")
@@ -104,7 +100,7 @@ def test_the_configuration_is_recorded(outcome):
 
 def test_means_and_standard_errors_are_those_of_the_seeds(outcome):
     for entry in outcome[0]["optimizers"].values():
-        assert set(entry["summary"]) == set(report.COLUMNS)
+        assert set(entry["summary"]) == set(COLUMNS)
         for quantity, summary in entry["summary"].items():
             values = [seed["final"][quantity] for seed in entry["seeds"]]
             error = np.std(values, ddof=1) / np.sqrt(2)
@@ -147,7 +143,7 @@ def test_curves_are_those_of_a_loop_by_hand(outcome, name):
         digits.images / 16, digits.target, test_size=0.5, stratify=digits.target, random_state=0
     )
     x, x_test, y, y_test = (np.asarray(a, t) for a, t in zip(split, "ffii", strict=True))
-    model = models.MLP(classes=10)
+    model = MLP(classes=10)
 
     @jax.jit
     def loss_fn(params, x, y):
@@ -236,7 +232,7 @@ def test_the_table_shows_mean_and_standard_error(outcome):
         for quantity, summary in entry["summary"].items():
             factor = 1e3 if quantity == "seconds_per_step" else 1
             error = summary["standard_error"] and summary["standard_error"] * factor
-            for line in report.format_estimate(summary["mean"] * factor, error).split("\n"):
+            for line in format_estimate(summary["mean"] * factor, error).split("\n"):
                 assert line in printed
 
 
@@ -253,7 +249,7 @@ def test_the_table_shows_mean_and_standard_error(outcome):
     ],
 )
 def test_estimates_are_written_to_two_digits_of_the_error(mean, error, text):
-    assert report.format_estimate(mean, error) == text
+    assert format_estimate(mean, error) == text
 
 
 def test_one_diverged_seed_makes_the_mean_diverge():
@@ -266,7 +262,7 @@ def test_one_diverged_seed_makes_the_mean_diverge():
 
 def test_the_figure_draws_means_and_bands(outcome):
     results, _ = outcome
-    figure = plotting.training_figure(results)
+    figure = training_figure(results)
     panels = ("train_loss", "test_accuracy", "effective_radius")
     for axes, quantity in zip(figure.axes, panels, strict=True):
         names = [
@@ -426,7 +422,7 @@ def test_sgd_is_the_base_optimizer_alone(base, expected):
 
 
 def test_batch_norm_gathers_running_statistics_and_evaluation_uses_them():
-    problem = small_task(models.CNN(classes=2, channels=2), shape=(20, 4, 4))
+    problem = small_task(CNN(classes=2, channels=2), shape=(20, 4, 4))
     optimizer = training.make_optimizer("sgd", optax.sgd(0.1), problem)
     samples = problem.placement.place_batch(problem.dataset.train, slice(None))
     state = optimizer.init(0)
@@ -458,7 +454,7 @@ def test_bfloat16_computes_in_it_and_measures_in_float32(widen_params):
             seen.append((kernel.dtype, logits.dtype, loss.dtype))
             return loss, aux
 
-    model = models.MLP(classes=2, width=4, dtype=jnp.bfloat16)
+    model = MLP(classes=2, width=4, dtype=jnp.bfloat16)
     problem = small_task(model, dtype="bfloat16", kind=Recording)
     base = optax.sgd(0.1, momentum=0.9)
     optimizer = training.make_optimizer("monge_sam", base, problem, widen_params=widen_params)
@@ -520,7 +516,7 @@ def test_sharded_training_is_that_of_one_device(eight_devices, sharding):
 def test_full_sharding_divides_params_and_momenta_along_the_largest_dimension(
     eight_devices, perturbation
 ):
-    problem = small_task(models.MLP(classes=2, width=16), sharding="fsdp")
+    problem = small_task(MLP(classes=2, width=16), sharding="fsdp")
     optimizer = training.make_optimizer(
         "sam", optax.sgd(0.01, momentum=0.9), problem, perturbation=perturbation
     )
@@ -702,7 +698,7 @@ NOT_COMPARED = {
 
 def test_whatever_decides_the_results_is_compared():
     dataset = small_task().dataset
-    options = digits.Train()
+    options = Train()
     saved = checkpoints.fingerprint(options, dataset)
     for field in dataclasses.fields(options):
         value = OTHER.get(field.name, "other" if field.name == "perturbation" else 0.123)
@@ -716,7 +712,7 @@ def test_whatever_decides_the_results_is_compared():
     changed = dataset._replace(test=dataset.test._replace(y=1 - dataset.test.y))
     with pytest.raises(InputError, match="checksum of the data was"):
         checkpoints.check_fingerprint(saved, checkpoints.fingerprint(options, changed))
-    options = digits.Train(sharding="data", perturbation="per-shard")
+    options = Train(sharding="data", perturbation="per-shard")
     saved = checkpoints.fingerprint(options, dataset) | {"the number of devices": 2}
     with pytest.raises(InputError, match="the number of devices was 2, and is 8 now"):
         checkpoints.check_fingerprint(saved, checkpoints.fingerprint(options, dataset))
@@ -742,7 +738,7 @@ def some(shape, classes=2):
 def test_data_are_standardised_with_the_training_set(tmp_path, shape, axes):
     arrays = some(shape)
     arrays["x"][:20] += 10  # so that the two sets differ
-    dataset = data.from_file(write(tmp_path / "d.npz", **arrays))
+    dataset = from_file(write(tmp_path / "d.npz", **arrays))
     np.testing.assert_allclose(np.mean(dataset.train.x, axes), 0, atol=1e-6)
     np.testing.assert_allclose(np.std(dataset.train.x, axes), 1, rtol=1e-6)
     # One affine map takes all raw values to those of both sets.
@@ -756,7 +752,7 @@ def test_data_are_standardised_with_the_training_set(tmp_path, shape, axes):
 def test_classes_are_counted_from_zero_in_proportion(tmp_path):
     x = np.stack([np.arange(60.0), np.full(60, 0.1)], axis=1)  # a constant feature
     y = np.repeat(np.array([7, 300, 12], np.uint16), [30, 20, 10])
-    dataset = data.from_file(write(tmp_path / "d.npz", x=x, y=y))
+    dataset = from_file(write(tmp_path / "d.npz", x=x, y=y))
     assert dataset.classes == 3
     for samples in (dataset.train, dataset.test):
         np.testing.assert_array_equal(np.bincount(samples.y), [15, 5, 10])
@@ -786,7 +782,7 @@ def test_a_convolutional_net_on_images_of_the_user(tmp_path):
 
 def test_the_convolutional_net_adds_the_channel():
     x = jax.random.normal(jax.random.key(0), (2, 8, 8))
-    model = models.CNN(classes=3, channels=2)
+    model = CNN(classes=3, channels=2)
     apply = jax.jit(model.apply)
     params = jax.jit(model.init)(jax.random.key(1), x)
     assert params["params"]["Conv_0"]["kernel"].shape == (3, 3, 1, 2)
@@ -917,7 +913,7 @@ def test_help_explains_every_option(capsys):
         main(["train", "--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    for field in dataclasses.fields(digits.Train):
+    for field in dataclasses.fields(Train):
         assert f"--{field.name.replace('_', '-')}" in text
     assert "mean zero" in text
 

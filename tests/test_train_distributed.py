@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import xla_flags
 
-from monge_sam_jax.experiments import distributed
+from monge_sam_jax.experiments.train import distributed
 
 PATIENCE = 120  # seconds for a run that takes ten on an idle machine
 OPTIONS = (

@@ -1,9 +1,1 @@
-"""What the command line runs."""
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used; the command line shows the message and nothing else."""
-
-
-class LostProcessError(RuntimeError):
-    """A process of the run was ended from outside; the command line shows the message alone."""
+"""What the command line runs: a folder for each command, and `common` for what several share."""

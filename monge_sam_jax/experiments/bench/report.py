@@ -1,0 +1,85 @@
+"""The tables of `monge-sam bench`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+
+def times_table(results: Mapping[str, Any], clock: str) -> Table:
+    """What a descent step takes on a model, a row for every method.
+
+    Args:
+      results: the model's part of results.json.
+      clock: key of `CLOCKS`.
+
+    Returns:
+      The table.
+    """
+    table = _table(
+        f"{results['description']}: {results['parameters']:,} params",
+        f"{'Processor time' if clock == 'cpu' else 'Time'} of a descent step, and its ratios to "
+        "plain, to two_gradients and to the method by hand: medians, with half the interquartile "
+        "ranges.",
+        ("ms", "/ plain", "/ two", "/ by hand"),
+    )
+    for name, entry in results["methods"].items():
+        table.add_row(
+            name,
+            f"{1000 * entry['seconds']['median']:.3g}",
+            _with_spread(entry["ratio_to_plain"]),
+            _with_spread(entry["ratio_to_two_gradients"]),
+            _with_spread(entry["ratio_to_by_hand"]),
+        )
+    return table
+
+
+def programs_table(results: Mapping[str, Any]) -> Table:
+    """What the compiled programs are, a row for every method.
+
+    Args:
+      results: the model's part of results.json.
+
+    Returns:
+      The table, with the peak of memory if a device told it.
+    """
+    methods = results["methods"]
+    told = any(entry["peak_bytes"] is not None for entry in methods.values())
+    headers = ("compile s", "/ plain", "/ by hand", "kernels", "HLO", "temp.", "state")
+    table = _table(
+        None,
+        "Time to compile, and its ratios to plain and to the method by hand. Kernels (fusions and "
+        "custom calls) and instructions of the program. Temporary arrays and state of the "
+        "optimizer in units of the params."
+        + (" Peak of params, state and temporary arrays in MiB." if told else ""),
+        headers + (("peak",) if told else ()),
+    )
+    for name, entry in methods.items():
+        by_hand, peak = entry["compile_ratio_to_by_hand"], entry["peak_bytes"]
+        table.add_row(
+            name,
+            f"{entry['compile_seconds']['median']:.3g}",
+            f"{entry['compile_ratio_to_plain']['median']:.2f}",
+            f"{by_hand['median']:.2f}" if by_hand else "-",
+            f"{entry['kernels']}",
+            f"{entry['instructions']}",
+            f"{entry['temporaries']:.2f}",
+            f"{entry['state']:.2f}",
+            *([f"{peak / 2**20:,.0f}" if peak is not None else "-"] if told else []),
+        )
+    return table
+
+
+def _table(title: str | None, caption: str, headers: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=0, title=title, caption=caption)
+    table.add_column("method", no_wrap=True)
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    return table
+
+
+def _with_spread(summary: Mapping[str, float] | None) -> str:
+    if summary is None:
+        return "-"
+    return f"{summary['median']:.3f} ±{(summary['upper'] - summary['lower']) / 2:.3f}"

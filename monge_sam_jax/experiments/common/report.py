@@ -1,0 +1,110 @@
+"""What a command comes to: summaries over seeds, valid JSON, and the folder that it goes to."""
+
+import json
+import math
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import optax
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+import monge_sam_jax
+from monge_sam_jax.experiments.common.errors import InputError
+
+
+def prepare_output(folder: Path) -> None:
+    """Makes the folder before the work, which an error after it would waste.
+
+    Raises:
+      InputError: the folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--output {folder}: no permission to write")
+
+
+def progress_bar(*, disable: bool = False) -> Progress:
+    """Bars on standard error that count, tell the time, and vanish in the end."""
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=disable)
+
+
+def summarise(seeds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Mean and standard error over seeds of every quantity.
+
+    The mean is NaN if it is not finite for every seed; then, and for a single seed, there is no
+    standard error.
+    """
+    summary: dict[str, dict[str, float | None]] = {}
+    for quantity in seeds[0]:
+        values = [seed[quantity] for seed in seeds]
+        mean, error = math.nan, None
+        if all(map(math.isfinite, values)):
+            mean = statistics.fmean(values)
+            if len(values) > 1:
+                error = statistics.stdev(values) / math.sqrt(len(values))
+        summary[quantity] = {"mean": mean, "standard_error": error}
+    return summary
+
+
+def environment() -> dict[str, Any]:
+    """Versions of the packages, and the device."""
+    device = jax.devices()[0]
+    return {
+        "versions": {
+            "monge_sam_jax": monge_sam_jax.__version__,
+            "jax": jax.__version__,
+            "optax": optax.__version__,
+            "flax": flax.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+        },
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a file of strict JSON."""
+    text = json.dumps(jsonable(content), indent=1, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def jsonable(tree: Any) -> Any:
+    """`tree` as strict JSON has it: null for NaN and infinity, text for paths."""
+    if isinstance(tree, Mapping):
+        return {name: jsonable(value) for name, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [jsonable(value) for value in tree]
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return None
+    return str(tree) if isinstance(tree, Path) else tree
+
+
+def estimate(summary: Mapping[str, float | None], digits: int = 1, sign: str = "") -> str:
+    """A mean with its standard error, if there is one.
+
+    >>> estimate({"mean": 97.64, "standard_error": 0.125})
+    '97.6 ± 0.1'
+    >>> estimate({"mean": float("nan"), "standard_error": None})
+    'diverged'
+    """
+    mean, error = summary["mean"], summary["standard_error"]
+    if mean is None or not math.isfinite(mean):
+        return "diverged"
+    return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")

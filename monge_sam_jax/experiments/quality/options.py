@@ -1,0 +1,61 @@
+"""The options of `monge-sam quality`; light to import, so that the command line's help is quick."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Literal
+
+from monge_sam_jax.experiments.common.errors import InputError
+from monge_sam_jax.experiments.common.options import flag
+
+RADII = {"bad-minimum": (0.1, 0.5, 2.0, 4.0), "label-noise": (0.05, 0.1, 0.2, 0.5)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """Compare what methods reach with what they cost: test accuracy against gradients taken.
+
+    SGD with momentum 0.9, SAM and M-SAM in two passes (two gradients a step) and in one, on
+    scikit-learn's handwritten digits with a network of two hidden layers. Every method takes the
+    same number of steps; the table also tells where it was when SGD's gradients were spent. The
+    one-pass forms are measured at their unperturbed params.
+
+    Attributes:
+      tasks: bad-minimum starts where a network ends that was first fitted to spoilt copies of 500
+        images with random labels, and then to the true labels (Liu et al. 2020). label-noise starts
+        at random with 30 % of the training labels drawn anew.
+      rho: Radii, each a column of the tables. By default 0.1, 0.5, 2 and 4 for bad-minimum, and
+        0.05, 0.1, 0.2 and 0.5 for label-noise.
+      seeds: Number of seeds: of the initial params, the random labels and the order of the batches.
+      seed: The first of them; the others follow it.
+      width: Units of a hidden layer.
+      epochs: Passes over the training set.
+      confusion_epochs: Passes over the spoilt copies, for bad-minimum.
+      output: Folder for results.json, quality.md and quality.png. Those of an earlier run are
+        overwritten.
+    """
+
+    tasks: tuple[Literal["bad-minimum", "label-noise"], ...] = ("bad-minimum", "label-noise")
+    rho: tuple[float, ...] = ()
+    seeds: int = 5
+    seed: int = 0
+    width: int = 256
+    epochs: int = 400
+    confusion_epochs: int = 150
+    output: Path = Path("runs/quality")
+
+    def radii(self, task: str) -> tuple[float, ...]:
+        """Those that were given, or the task's own."""
+        return self.rho or RADII[task]
+
+    def check(self) -> None:
+        """Raises an InputError where an option cannot be used."""
+        if not self.tasks:
+            raise InputError("--tasks needs at least one name")
+        if not all(math.isfinite(rho) and rho >= 0 for rho in self.rho):
+            raise InputError(f"--rho needs finite numbers that are not negative, got {self.rho}")
+        for name in ("seeds", "width", "epochs", "confusion_epochs"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise InputError(f"--seed must not be negative, got {self.seed}")

@@ -1,0 +1,180 @@
+"""Several optimizers side by side on one task: what one process does, alone or among others."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from monge_sam_jax.experiments.common import report
+from monge_sam_jax.experiments.common.data import Dataset
+from monge_sam_jax.experiments.common.errors import InputError
+from monge_sam_jax.experiments.common.placement import make_placement
+from monge_sam_jax.experiments.common.plots import LABELS
+from monge_sam_jax.experiments.common.task import Task
+from monge_sam_jax.experiments.train.agreement import agreed
+from monge_sam_jax.experiments.train.checkpoints import Checkpoints, Records, Stage, fingerprint
+from monge_sam_jax.experiments.train.data import load
+from monge_sam_jax.experiments.train.models import MODELS
+from monge_sam_jax.experiments.train.options import Train
+from monge_sam_jax.experiments.train.plots import training_figure
+from monge_sam_jax.experiments.train.report import BASE_LABELS, final_metrics, results_table
+from monge_sam_jax.experiments.train.training import (
+    BASES,
+    Optimizer,
+    begin,
+    compile_steps,
+    make_optimizer,
+    radius,
+    train,
+)
+
+
+def run(options: Train) -> None:
+    """Trains, writes results.json and training.png, and prints the table.
+
+    Of several processes, the first one alone writes and prints.
+
+    Args:
+      options: checked ones.
+
+    Raises:
+      InputError: the data, the output folder or the checkpoints in it cannot be used.
+    """
+    common = dataclasses.replace(options, process_id=None)
+    dataset = agreed(
+        lambda: prepare(options), lambda found: f"{common} {fingerprint(options, found)}"
+    )
+    results = compare(options, dataset)
+    if jax.process_index() > 0:
+        return
+    report.write_json(options.output / "results.json", results)
+    training_figure(results).savefig(options.output / "training.png")
+    console = Console()
+    console.print(results_table(results))
+    console.print(f"Wrote results.json and training.png to {options.output}", soft_wrap=True)
+
+
+def prepare(options: Train) -> Dataset:
+    """The data set of the options, checked against the other options, and the output folder."""
+    dataset = load(options)
+    devices = jax.device_count() if options.layout else 1
+    if options.batch_size % devices:
+        raise InputError(
+            f"--batch-size {options.batch_size} cannot be divided among {devices} devices"
+        )
+    if jax.process_index() == 0:
+        report.prepare_output(options.output)
+    return dataset
+
+
+def compare(options: Train, dataset: Dataset) -> dict[str, Any]:
+    """Trains with every optimizer from every seed.
+
+    Args:
+      options: checked ones.
+      dataset: what is learnt.
+
+    Returns:
+      The content of results.json.
+    """
+    model = MODELS[options.model](dataset.classes, dtype=jnp.dtype(options.dtype))
+    task = Task(dataset, model, make_placement(options.layout))
+    records = _train_all(options, task)
+    labels = LABELS | {"sgd": BASE_LABELS[options.base]}
+    results = {
+        "configuration": dataclasses.asdict(options)
+        | {"learning_rate": options.base_learning_rate},
+        **report.environment(),
+        "data": {
+            "name": "Handwritten digits" if options.data is None else options.data.name,
+            "train_samples": len(dataset.train.y),
+            "test_samples": len(dataset.test.y),
+            "sample_shape": dataset.train.x.shape[1:],
+            "classes": dataset.classes,
+        },
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(task.init(options.seed)["params"])),
+        "optimizers": {
+            name: {
+                "label": labels[name],
+                "rho": radius(name, options.rho),
+                "summary": report.summarise([seed["final"] for seed in seeds]),
+                "seeds": seeds,
+            }
+            for name, seeds in records.items()
+        },
+    }
+    return report.jsonable(results)
+
+
+def _train_all(options: Train, task: Task) -> Records:
+    """Trains from the beginning or the last checkpoint on."""
+    base = BASES[options.base](options.base_learning_rate)
+    optimizers: dict[str, Optimizer] = {
+        name: make_optimizer(
+            name,
+            base,
+            task,
+            rho=options.rho,
+            alpha=options.alpha,
+            widen_params=options.widen_params,
+            perturbation=options.perturbation,
+        )
+        for name in options.optimizers
+    }
+    with contextlib.closing(Checkpoints(options, task.dataset)) as checkpoints:
+        stage = checkpoints.first_stage(optimizers)
+        return _train_from(stage, options, task, optimizers, checkpoints)
+
+
+def _train_from(
+    stage: Stage,
+    options: Train,
+    task: Task,
+    optimizers: Mapping[str, Optimizer],
+    checkpoints: Checkpoints,
+) -> Records:
+    """Trains behind a progress bar, one seed after the other."""
+    with report.progress_bar(disable=jax.process_index() > 0) as progress:
+        bar = progress.add_task(
+            "compiling",
+            total=options.seeds * options.epochs * len(optimizers),
+            completed=checkpoints.epochs_behind(stage) * len(optimizers),
+        )
+        compile_steps(task, optimizers, options.batch_size)
+        for seed in range(stage.seed, options.seed + options.seeds):
+            progress.update(bar, description=f"seed {seed}")
+            if seed > stage.seed:
+                stage = Stage(seed, begin(optimizers, seed), stage.records)
+            train(
+                task,
+                optimizers,
+                stage.runs,
+                seed=seed,
+                epochs=options.epochs,
+                batch_size=options.batch_size,
+                on_turn=lambda: progress.advance(bar),
+                on_epoch=functools.partial(checkpoints.save_if_due, stage),
+            )
+            _record(stage, task, options.sharpness_rho)
+    return stage.records
+
+
+def _record(stage: Stage, task: Task, sharpness_rho: float) -> None:
+    """Adds what the runs came to to the records."""
+    sharpness = {
+        name: task.sharpness(run.variables, sharpness_rho) for name, run in stage.runs.items()
+    }
+    for name, final in final_metrics(stage.runs, sharpness).items():
+        stage.records[name].append(
+            {
+                "seed": stage.seed,
+                "final": final,
+                "curves": stage.runs[name].curves,
+                "seconds_per_step": stage.runs[name].seconds_per_step,
+            }
+        )
