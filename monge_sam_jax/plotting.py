@@ -7,10 +7,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 WIDTH = 7.0  # of the text on a page, in inches
-FONT_SIZE = 9
+FONT_SIZE = 9  # of titles and of the names of axes
+SMALL = FONT_SIZE - 1  # of ticks and legends
 DOTS_PER_INCH = 200
 
 LABELS = {
@@ -20,15 +22,32 @@ LABELS = {
     "adaptive_sam": "ASAM",
 }
 # The palette of Okabe and Ito, whose colours remain distinct to the colour-blind.
+# "sgd" is descent without a perturbation, on the toy losses with the whole gradient.
 COLOURS = {
     "sgd": "#000000",
+    "adam": "#E69F00",
+    "adamw": "#E69F00",
     "sam": "#0072B2",
     "monge_sam": "#D55E00",
     "adaptive_sam": "#009E73",
     "fisher_sam": "#CC79A7",
 }
+GREY = "#888888"  # what is no method: references, levels, and marks that hold for all methods
 # Fisher SAM often coincides with SAM and M-SAM, which then show between its dashes.
 DASHES = {"fisher_sam": (0, (4, 2))}
+# For `matplotlib.rcParams`: pyplot's figures in the notebooks then look like those drawn here.
+NOTEBOOK = {
+    "axes.labelsize": FONT_SIZE,
+    "axes.titlesize": FONT_SIZE,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 120,
+    "figure.titlesize": FONT_SIZE,
+    "legend.fontsize": SMALL,
+    "legend.frameon": False,
+    "lines.linewidth": 1.3,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+}
 
 
 def training_figure(results: Mapping[str, Any]) -> Figure:
@@ -43,42 +62,63 @@ def training_figure(results: Mapping[str, Any]) -> Figure:
       out the first epochs. A curve ends where a seed diverged.
     """
     optimizers = results["optimizers"]
+    base = results["configuration"]["base"]
     with_radius = {name: optimizers[name] for name in ("sam", "monge_sam") if name in optimizers}
     figure = Figure(figsize=(WIDTH, 2.6), dpi=DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     loss, accuracy, radius = figure.subplots(1, 3)
-    _draw_curves(loss, optimizers, "train_loss")
-    _draw_curves(accuracy, optimizers, "test_accuracy")
-    _draw_curves(radius, with_radius, "effective_radius")
+    _draw_curves(loss, optimizers, "train_loss", base)
+    _draw_curves(accuracy, optimizers, "test_accuracy", base)
+    _draw_curves(radius, with_radius, "effective_radius", base)
     loss.set_ylabel("training loss (nats)")
     accuracy.set_ylabel("test accuracy (%)")
-    radius.set_ylabel("effective radius (1/nats)")
+    radius.set_ylabel(r"radius $\|\delta\| / \|g\|$ (1/nats)")
     for axes in (loss, accuracy, radius):
         _finish(axes, results["configuration"]["epochs"])
     _make_logarithmic(loss, if_empty="diverged")
     _make_logarithmic(radius, if_empty="diverged" if with_radius else "neither SAM\nnor M-SAM")
     _leave_out_beginning(accuracy)
+    several = any(len(entry["seeds"]) > 1 for entry in optimizers.values())
     figure.legend(
-        *loss.get_legend_handles_labels(),
+        handles=loss.get_legend_handles_labels()[0] + [band()] * several,
         loc="outside lower center",
-        ncols=len(COLOURS),
-        fontsize=FONT_SIZE,
+        ncols=6,
+        fontsize=SMALL,
         frameon=False,
     )
     return figure
 
 
-def _draw_curves(axes: Axes, optimizers: Mapping[str, Any], quantity: str) -> None:
+def band() -> Patch:
+    """What explains the bands around the curves, for a legend."""
+    return Patch(color=GREY, alpha=0.4, linewidth=0, label="± one standard error")
+
+
+def log_ticks(axes: Axes) -> None:
+    """Gives a logarithmic y axis ticks at powers of ten, and below two decades at 2 and 5 as well.
+
+    Args:
+      axes: with everything drawn, as their limits decide.
+    """
+    low, high = axes.get_ylim()
+    if high < 100 * low:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _draw_curves(axes: Axes, optimizers: Mapping[str, Any], quantity: str, base: str) -> None:
     """Mean and standard error over seeds of a quantity after every epoch."""
     for name, entry in optimizers.items():
         seeds = entry["seeds"]
+        colour = COLOURS[base if name == "sgd" else name]
         curves = np.array([seed["curves"][quantity] for seed in seeds], float)  # null becomes NaN
         mean = curves.mean(axis=0)
         epochs = np.arange(1, len(mean) + 1)
         axes.plot(
             epochs,
             mean,
-            color=COLOURS[name],
+            color=colour,
             linestyle=DASHES.get(name, "-"),
             linewidth=1.3,
             marker="o" if len(epochs) == 1 else None,
@@ -88,7 +128,7 @@ def _draw_curves(axes: Axes, optimizers: Mapping[str, Any], quantity: str) -> No
         if len(seeds) > 1:
             error = curves.std(axis=0, ddof=1) / np.sqrt(len(seeds))
             low, high = mean - error, mean + error
-            axes.fill_between(epochs, low, high, color=COLOURS[name], alpha=0.2, linewidth=0)
+            axes.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
 def _finish(axes: Axes, epochs: int) -> None:
@@ -97,7 +137,7 @@ def _finish(axes: Axes, epochs: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.label.set_fontsize(FONT_SIZE)
     axes.yaxis.label.set_fontsize(FONT_SIZE)
-    axes.tick_params(which="both", labelsize=FONT_SIZE)
+    axes.tick_params(which="both", labelsize=SMALL)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -109,6 +149,7 @@ def _make_logarithmic(axes: Axes, if_empty: str) -> None:
     """A logarithmic axis of values; a note where there is none that it could show."""
     if any(np.any(curve > 0) for curve in _curves(axes)):
         axes.set_yscale("log")
+        log_ticks(axes)
         return
     axes.set_yticks([])
     axes.text(0.5, 0.5, if_empty, ha="center", fontsize=FONT_SIZE, transform=axes.transAxes)
