@@ -25,6 +25,7 @@ import optax
 from sklearn.datasets import load_digits
 
 from monge_sam_jax import get_diagnostics, monge_sam, sam
+from monge_sam_jax.experiments.common.plots import COLOURS, LABELS, NOTEBOOK, WIDTH
 
 digits = load_digits()
 x, y = jnp.asarray(digits.data / 16, jnp.float32), jnp.asarray(digits.target)
@@ -63,15 +64,24 @@ def train(builder, rho, steps=400):
 
 
 # %% [markdown]
-# The diagnostics come with the norm that the step needs anyway. SAM's perturbation has length rho
-# at every step; M-SAM's is rho / sqrt(1 + |g|^2), shorter as long as the gradient is large.
+# The diagnostics come with the norm that the step needs anyway. SAM's perturbation has length
+# $\rho$ at every step; M-SAM's is $\rho / \sqrt{1 + \|g\|^2}$, shorter as long as the gradient is
+# large.
 
 # %%
-figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
-for builder in (sam, monge_sam):
+plt.rcParams.update(NOTEBOOK)
+PANELS = {
+    "grad_norm": r"gradient's norm $\|g\|$ (nats)",
+    "perturbation_norm": r"perturbation's length $\|\delta\|$",
+    "effective_radius": r"radius $\|\delta\| / \|g\|$ (1/nats)",
+}
+figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.6))
+for name, builder in {"sam": sam, "monge_sam": monge_sam}.items():
     p, log = train(builder, rho=0.05)
-    print(f"{builder.__name__}: loss {loss_fn(p, x, y):.2e}")
-    for ax, name in zip(axes, ["grad_norm", "perturbation_norm", "effective_radius"], strict=True):
-        ax.semilogy(getattr(log, name), label=builder.__name__, linewidth=1)
-        ax.set(xlabel="step", title=name)
-axes[0].legend()
+    print(f"{LABELS[name]:5} ends at a loss of {loss_fn(p, x, y):.2e} nats")
+    for ax, (quantity, label) in zip(axes, PANELS.items(), strict=True):
+        values = getattr(log, quantity)
+        ax.plot(values, color=COLOURS[name], label=LABELS[name], linewidth=0.8, alpha=0.7)
+        ax.set(xlabel="step", ylabel=label, yscale="log")
+axes[1].set(yscale="linear", ylim=0)
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)

@@ -13,9 +13,10 @@
 # %% [markdown]
 # # The banana: saddles and flat minima (figures 1 and 5)
 #
-# The loss (1 - t1 t2)^2 has a valley of minima at t1 = 1 / t2, flattest at (1, 1) and (-1, -1), and
-# a saddle at (0, 0). From the same start, with rho = 1, gradient descent stops where it meets the
-# valley, SAM is drawn to the saddle, and M-SAM walks along the valley to the flattest minimum.
+# The loss $(1 - \theta_1 \theta_2)^2$ has a valley of minima at $\theta_1 \theta_2 = 1$, flattest
+# at $(1, 1)$ and $(-1, -1)$, and a saddle at $(0, 0)$. From the same start, with $\rho = 1$,
+# gradient descent stops where it meets the valley, SAM is drawn to the saddle, and M-SAM walks
+# along the valley to the flattest minimum.
 
 # %%
 import jax.numpy as jnp
@@ -23,50 +24,71 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from monge_sam_jax import adaptive, diagonal_fisher, euclidean, monge
+from monge_sam_jax.experiments.common.plots import COLOURS, NOTEBOOK, WIDTH
+from monge_sam_jax.experiments.figures.plots import LABELS, banana_contours, plane
 from monge_sam_jax.toy import banana, trajectory
 
+plt.rcParams.update(NOTEBOOK)
 METHODS = {
-    "GD": None,
-    "SAM": euclidean(),
-    "M-SAM": monge(),
-    "Fisher SAM": diagonal_fisher(),
-    "ASAM": adaptive(),
+    "sgd": None,  # the whole gradient here
+    "sam": euclidean(),
+    "monge_sam": monge(),
+    "fisher_sam": diagonal_fisher(),
+    "adaptive_sam": adaptive(),
 }
 
 
-def run(metric, starts):
-    return trajectory(banana, starts, metric=metric, rho=1.0, learning_rate=0.01, steps=200)
+def run(name, starts, steps=200):
+    options = {"rho": 1.0, "learning_rate": 0.01, "steps": steps}
+    return np.asarray(trajectory(banana, starts, metric=METHODS[name], **options))
 
 
 # %%
-plt.figure(figsize=(4, 4))
-for name in ("GD", "SAM", "M-SAM"):
-    path = run(METHODS[name], jnp.array([-1.5, 0.5]))
-    plt.plot(*path.T, label=name)
-    print(f"{name:6} ends at ({path[-1, 0]:.3f}, {path[-1, 1]:.3f}), loss {banana(path[-1]):.1e}")
-plt.axis("equal")
-plt.legend()
+figure, ax = plt.subplots(figsize=(WIDTH / 2, 4))
+plane(ax, (-2.7, -1.8), (0.9, 1.8))
+banana_contours(ax)
+for name in ("sgd", "sam", "monge_sam"):
+    path = run(name, jnp.array([-1.5, 0.5]))
+    ax.plot(*path.T, color=COLOURS[name], label=LABELS[name])
+    (t1, t2), loss = path[-1], banana(path[-1])
+    print(f"{LABELS[name]:5} ends at ({t1:.3f}, {t2:.3f}) with a loss of {loss:.2g}")
+ax.plot(-1.5, 0.5, "ks", markersize=4, label="start")
+figure.legend(loc="outside lower center", ncols=2)
+
 # %% [markdown]
 # M-SAM ends at a much lower loss than SAM, but not as low as gradient descent: it goes on hopping
 # across the valley.
 #
-# Figure 5: a grid of starts, and where they end after 200 steps. Ten of the hundred lie on the line
-# t2 = -t1, from which gradient descent itself runs into the saddle: that is the floor.
+# Figure 5: a grid of starts, and where they end after 200 steps: within 0.3 of the saddle, or of
+# one of the two flattest minima. Ten of the hundred lie on the line $\theta_2 = -\theta_1$, from
+# which gradient descent itself runs into the saddle: that is the floor.
 
 # %%
 axis = jnp.linspace(-3, 3, 10)
 starts = jnp.stack(jnp.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
-figure, axes = plt.subplots(1, 5, figsize=(13, 3), layout="constrained", sharey=True)
-for ax, (name, metric) in zip(axes, METHODS.items(), strict=True):
-    paths = np.asarray(run(metric, starts))
-    ax.plot(paths[..., 0], paths[..., 1], color="0.6", linewidth=0.5)
-    ax.plot(*paths[-1].T, "o", markersize=3)
-    at_saddle = np.linalg.norm(paths[-1], axis=-1) < 0.1
-    flattest = np.linalg.norm(np.abs(paths[-1]) - 1, axis=-1) < 0.2
-    print(f"{name:10} {at_saddle.mean():.0%} at the saddle, {flattest.mean():.0%} at a flattest")
-    ax.set(title=name, xlim=(-3.3, 3.3), ylim=(-3.3, 3.3), aspect="equal")
+
+
+def shares(ends):
+    to_flattest = np.minimum(*(np.linalg.norm(ends - c, axis=-1) for c in (-1, 1)))
+    at_saddle = np.linalg.norm(ends, axis=-1) < 0.3
+    return f"{at_saddle.mean():.0%} at the saddle, {np.mean(to_flattest < 0.3):.0%} at a flattest"
+
+
+figure, axes = plt.subplots(1, 5, figsize=(WIDTH, 2.2), sharey=True)
+for ax, name in zip(axes, METHODS, strict=True):
+    plane(ax, (-3.3, -3.3), (3.3, 3.3))
+    banana_contours(ax)
+    paths = run(name, starts)
+    ax.plot(*paths.T.swapaxes(1, 2), color=COLOURS[name], linewidth=0.3, alpha=0.6)
+    style = {"color": COLOURS[name], "markersize": 3, "zorder": 7}  # above saddle and minima
+    ax.plot(*paths[-1].T, "o", **style, label="in colour: ends")
+    ax.set_title(LABELS[name])
+    ax.label_outer()
+    print(f"{LABELS[name]:10} {shares(paths[-1])}")
+print(f"ASAM, 5000 steps: {shares(run('adaptive_sam', starts, steps=5000)[-1])}")
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
 
 # %% [markdown]
 # SAM goes to the saddle twice as often as M-SAM, and M-SAM and Fisher SAM agree, as the paper says.
 # That ASAM "does generally not find one of the flattest solutions" is an effect of stopping after
-# 200 steps: after 5000 it is there from 90 % of the starts.
+# 200 steps: after 5000 it is there from 90 % of the starts, more often than any other.

@@ -13,10 +13,10 @@
 # %% [markdown]
 # # Invariance, said exactly
 #
-# Train in other coordinates psi of the same params, theta = phi(psi). Does the method take the same
-# step? The paper calls M-SAM invariant to reparameterisation. That is so for its metric *pulled
-# back*, J^T J + g g^T, and to first order. It is not so for the formula I + g g^T applied afresh in
-# the new coordinates, which is what running M-SAM on psi does.
+# Train in other coordinates $\psi$ of the same params, $\theta = \varphi(\psi)$. Does the method
+# take the same step? The paper calls M-SAM invariant to reparameterisation. That is so for its
+# metric *pulled back*, $J^\top J + g g^\top$, and to first order. It is not so for the formula
+# $I + g g^\top$ applied afresh in the new coordinates, which is what running M-SAM on $\psi$ does.
 
 # %%
 import jax
@@ -24,11 +24,14 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 
 from monge_sam_jax import adaptive, euclidean, monge, pullback, worst_case_perturbation
+from monge_sam_jax.experiments.common.plots import COLOURS, NOTEBOOK
+from monge_sam_jax.experiments.figures.plots import banana_contours, plane
 from monge_sam_jax.toy import banana, trajectory
 
+plt.rcParams.update(NOTEBOOK)
 MAPS = {
-    "theta = (2, 1/2) psi": lambda psi: jnp.array([2.0, 0.5]) * psi,
-    "theta = psi^3 + psi": lambda psi: psi**3 + psi,
+    "θ = (2, ½) ψ": lambda psi: jnp.array([2.0, 0.5]) * psi,
+    "θ = ψ³ + ψ": lambda psi: psi**3 + psi,
 }
 
 
@@ -37,7 +40,7 @@ def perturbation(metric, loss, point):
 
 
 # %% [markdown]
-# We compare J delta_psi, the step as it appears in theta, with delta_theta.
+# We compare $J \delta_\psi$, the perturbation as it appears in $\theta$, with $\delta_\theta$.
 
 # %%
 psi = jnp.array([-0.8, 0.6])
@@ -57,19 +60,23 @@ for title, phi in MAPS.items():
         print(f"  {name:26} differs by {error:8.2%}")
 
 # %% [markdown]
-# ASAM with eta = 0 is invariant to scalings of single params, for which it was made, and to nothing
-# else. The metric pulled back is invariant under both maps. For a nonlinear map that means the
-# tangent step: phi(psi + delta) differs from theta + delta by a term of order rho^2.
+# ASAM with $\eta = 0$ is invariant to scalings of single params, for which it was made, and to
+# nothing else. The metric pulled back is invariant under both maps. For a nonlinear map that means
+# the tangent step: $\varphi(\psi + \delta)$ differs from $\theta + \delta$ by a term of order
+# $\rho^2$.
 #
-# Descent is another matter. The gradient step itself, psi - a grad(psi), depends on the
-# coordinates, so whole trajectories differ whatever the perturbation. (Along (J^T J)^-1 grad(psi)
-# they agree: exactly for linear maps, otherwise to first order.)
+# Descent is another matter. The gradient step itself, $\psi - a \nabla_\psi \ell$, depends on the
+# coordinates, so whole trajectories differ whatever the perturbation: here M-SAM's, with the metric
+# pulled back. (Along $(J^\top J)^{-1} \nabla_\psi \ell$ they agree: exactly for linear maps,
+# otherwise to first order.)
 
 # %%
-plt.figure(figsize=(4, 4))
-for title, phi in {"theta itself": lambda psi: psi, **MAPS}.items():
-    theta0 = jnp.array([-1.5, 0.5])
-    psi0 = theta0
+figure, ax = plt.subplots(figsize=(4.5, 4.2))
+plane(ax, (-1.9, -1.8), (2.3, 1.8))
+banana_contours(ax)
+coordinates = {"θ itself": lambda psi: psi, **MAPS}
+for (title, phi), dashes in zip(coordinates.items(), ("-", "--", ":"), strict=True):
+    psi0 = theta0 = jnp.array([-1.5, 0.5])
     for _ in range(20):  # Newton's method for phi(psi0) = theta0
         psi0 -= jnp.linalg.solve(jax.jacobian(phi)(psi0), phi(psi0) - theta0)
     path = trajectory(
@@ -80,6 +87,6 @@ for title, phi in {"theta itself": lambda psi: psi, **MAPS}.items():
         learning_rate=0.01,
         steps=500,
     )
-    plt.plot(*phi(path).T, label=title)
-plt.axis("equal")
-plt.legend()
+    ax.plot(*phi(path).T, dashes, color=COLOURS["monge_sam"], label=f"M-SAM, {title}")
+ax.plot(*theta0, "ks", markersize=4, label="start")
+figure.legend(loc="outside lower center", ncols=2)

@@ -45,8 +45,9 @@ Image(output / "figure6.png", width=700)
 Image(output / "mechanism.png", width=700)
 
 # %% [markdown]
-# SAM's perturbation is rho long whatever the gradient is. M-SAM's, rho / sqrt(1 + |g|^2), is
-# shorter where the gradient is large, which is where SAM is thrown out, and widens as the gradient
-# falls. At small radii the gradient stays small, and nothing tells the two apart.
+# SAM's perturbation is $\rho$ long whatever the gradient is. M-SAM's,
+# $\rho / \sqrt{1 + \|g\|^2}$, is shorter where the gradient is large, which is where SAM is thrown
+# out, and widens as the gradient falls. At small radii the gradient stays small, and nothing tells
+# the two apart.
 #
 # Two seeds and 20 epochs settle little; the verdicts of the real run are in the README.

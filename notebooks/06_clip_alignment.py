@@ -42,8 +42,8 @@ Markdown((output / "tables.md").read_text())
 # test pairs'. A run whose loss ends near ln(batch size), that of embeddings which are all alike,
 # has diverged.
 #
-# The mechanism, at the larger radius: SAM's perturbation is rho long whatever the gradient is;
-# M-SAM's, rho / sqrt(1 + |g|^2), is shorter while the gradient is large.
+# The mechanism, at the larger radius: SAM's perturbation is $\rho$ long whatever the gradient
+# is; M-SAM's, $\rho / \sqrt{1 + \|g\|^2}$, is shorter while the gradient is large.
 
 # %%
 Image(output / "mechanism.png", width=700)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from looks import check
 from matplotlib.image import imread
 
 from monge_sam_jax import __main__
@@ -507,12 +508,15 @@ def test_figures_draw_means_and_errors(results):
     curves = np.array([seed["curves"]["train_accuracy"] for seed in run["seeds"]])
     lines = {line.get_label(): line for line in panels[1, 1].lines}
     assert set(lines) == {"SGD", "SAM", "M-SAM", "SGD from scratch"}
+    assert check(figure) == {"SGD", "SAM", "M-SAM"}
     np.testing.assert_allclose(lines["M-SAM"].get_ydata(), curves.mean(axis=0))
     figure = plotting_bad_minimum.mechanism_figure(results)
     panels = np.array(figure.axes).reshape(4, 2)
     lengths = np.array([seed["curves"]["perturbation_norm"] for seed in run["seeds"]])
+    assert check(figure) == {"SGD", "SAM", "M-SAM"}
+    drawn = [{line.get_label() for line in axes.lines} for axes in panels[:, 1]]
+    assert drawn == [{"SGD", "SAM", "M-SAM"}, *3 * [{"SAM", "M-SAM"}]]  # SGD does not perturb
     lines = {line.get_label(): line for line in panels[1, 1].lines}
-    assert set(lines) == {"SAM", "M-SAM"}
     np.testing.assert_allclose(lines["M-SAM"].get_ydata(), lengths.mean(axis=0) / 2)
 
 

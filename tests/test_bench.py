@@ -18,6 +18,7 @@ import matplotlib.image
 import numpy as np
 import optax
 import pytest
+from looks import check
 
 from monge_sam_jax.__main__ import main
 from monge_sam_jax.experiments.bench import compile as bench_compile
@@ -45,6 +46,7 @@ from monge_sam_jax.experiments.bench.steps import METHODS, RHO, Carry, Method
 from monge_sam_jax.experiments.common.data import Batch
 from monge_sam_jax.experiments.common.errors import InputError
 from monge_sam_jax.experiments.common.placement import AXIS, Placement
+from monge_sam_jax.experiments.common.plots import COLOURS
 
 # --- the methods compute what they say ---
 
@@ -994,7 +996,22 @@ def test_the_chart_names_the_methods_and_their_kinds(all_methods):
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(METHODS)
     (legend,) = figure.legends
     kinds = [text.get_text() for text in legend.get_texts()]
-    assert kinds == ["references", "by hand", "optax.contrib.sam", "monge_sam_jax"]
+    assert kinds == [
+        *("references", "by hand", "optax.contrib.sam", "monge_sam_jax"),
+        *("SAM", "M-SAM", "Fisher SAM", "ASAM"),
+        *("from quartile to quartile", "medians of the references"),
+    ]
+    check(figure)
+    bars = zip(METHODS, figure.axes[0].containers, strict=True)
+    colours = {name: bar.lines[0].get_color() for name, bar in bars}
+    for name, alike in [
+        ("sgd", ("plain", "two_gradients")),
+        ("sam", ("sam", "sam_by_hand", "optax_opaque", "optax_transparent")),
+        ("monge_sam", ("monge_sam", "monge_by_hand", "monge_late", "one_pass_gradient")),
+        ("adaptive_sam", ("adaptive_sam", "adaptive_by_hand")),
+        ("fisher_sam", ("fisher_sam", "fisher_by_hand")),
+    ]:
+        assert {colours[method] for method in alike} == {COLOURS[name]}
 
 
 # --- what cannot be used ---

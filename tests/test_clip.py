@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from looks import check
 from matplotlib.image import imread
 from PIL import Image
 
@@ -20,7 +21,7 @@ from monge_sam_jax.experiments.clip import training
 from monge_sam_jax.experiments.clip.latents import without_first_component
 from monge_sam_jax.experiments.clip.model import batch_loss, embed
 from monge_sam_jax.experiments.clip.options import PRESETS, Clip
-from monge_sam_jax.experiments.clip.plots import Panel, figure_7
+from monge_sam_jax.experiments.clip.plots import Panel, figure_7, mechanism_figure
 from monge_sam_jax.experiments.clip.training import Cell
 from monge_sam_jax.experiments.common.errors import InputError
 
@@ -486,6 +487,15 @@ def test_classes_have_colours_of_their_own():
     assert colours[2][:3] == (1.0, 0.0, 0.0)
 
 
+@pytest.mark.parametrize("labels", [None, np.array([f"a class, {i}" for i in range(15)])])
+def test_figure_7_explains_its_marks(labels):
+    figure = figure_7(2 * [Panel("some", np.zeros((30, 2)), labels, 0.5, 0.5)])
+    check(figure)
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert words[:2] == ["image", "text"]
+    assert words[-1] == ("text" if labels is None else "and 3 classes more")
+
+
 # The command
 
 
@@ -560,6 +570,7 @@ def check_outputs(results, folder, grid):
     assert titles == ["before", "SAM", "M-SAM"]
     assert len(results["claims"]) == 7
     assert (folder / "tables.md").read_text() == clip_report.markdown(results)
+    assert check(mechanism_figure(results)) == {"SAM", "M-SAM"}
     for picture in ("figure7.png", "mechanism.png"):
         assert imread(folder / picture).ndim == 3
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
+from looks import check
 from reference import banana_gradient
 
 import monge_sam_jax as ms
@@ -242,6 +243,12 @@ def test_pictures_are_not_empty(results, tmp_path, number):
     height, width, _ = matplotlib.image.imread(path).shape
     assert width == 1400
     assert 700 < height < 1600
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_axes_have_names_and_methods_their_colours(results, number):
+    methods = {1: {"GD", "SAM", "M-SAM"}, 3: {"SAM", "M-SAM"}}
+    assert check(results[number].figure) == methods.get(number, set())
 
 
 def test_all_rows_of_a_figure_have_the_same_names(results):

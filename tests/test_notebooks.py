@@ -1,4 +1,7 @@
-"""Every notebook runs, in under a minute, and is what the script beside it says."""
+"""Every notebook runs, in under a minute, and is what the script beside it says.
+
+Its figures hold to what those of the commands do.
+"""
 
 import resource
 from pathlib import Path
@@ -8,6 +11,17 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+# Inline figures are closed once they are shown: they are kept by a hook that runs before that.
+KEEP = """
+import sys, matplotlib.pyplot as plt
+sys.path.insert(0, {folder!r})
+from looks import check
+figures = []
+def keep():
+    figures.extend(plt.figure(number) for number in plt.get_fignums())
+get_ipython().events.register("post_execute", keep)
+"""
+CHECK = "assert figures or not {draws}\nfor figure in figures: check(figure)"
 SCRIPTS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.py"))
 
 
@@ -37,6 +51,10 @@ def kernels_seconds():
 def test_notebook_runs(script):
     notebook = jupytext.read(script)
     start = kernels_seconds()
+    keep = KEEP.format(folder=str(Path(__file__).parent))
+    check = CHECK.format(draws="plt." in script.read_text(encoding="utf-8"))
+    first, last = (nbformat.v4.new_code_cell(source) for source in (keep, check))
+    notebook.cells = [first, *notebook.cells, last]
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     assert 0.5 < kernels_seconds() - start < 60
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]

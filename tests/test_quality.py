@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from looks import check
 from matplotlib.image import imread
 
 from monge_sam_jax import __main__
@@ -14,6 +15,7 @@ from monge_sam_jax.experiments.common.data import shuffled_rows
 from monge_sam_jax.experiments.quality import tasks as quality_tasks
 from monge_sam_jax.experiments.quality import training as quality_training
 from monge_sam_jax.experiments.quality.options import Quality
+from monge_sam_jax.experiments.quality.plots import quality_figure
 from monge_sam_jax.experiments.quality.tasks import Batch, Problem, mean_loss
 
 WIDTH = 16
@@ -121,6 +123,8 @@ def test_command_writes_curves_tables_and_figure(tmp_path, capsys):
             column = curves[:, index]
             assert run[at]["mean"] == pytest.approx(column.mean())
             assert run[at]["standard_error"] == pytest.approx(column.std(ddof=1) / np.sqrt(2))
+    methods = {"SGD", "SAM", "M-SAM", "one-pass SAM", "one-pass M-SAM"}
+    assert check(quality_figure(results)) == methods
     table = (tmp_path / "quality.md").read_text()
     cell = runs[-1]["at_equal_steps"]
     row = next(line for line in table.splitlines() if line.startswith("| one-pass M-SAM"))

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from looks import check
 from matplotlib.colors import to_rgb
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -278,7 +279,10 @@ def test_the_figure_draws_means_and_bands(outcome):
             error = curves.std(axis=0, ddof=1) / np.sqrt(2)
             np.testing.assert_allclose(edges.max(), np.max(curves.mean(axis=0) + error))
     assert [axes.get_yscale() for axes in figure.axes] == ["log", "linear", "log"]
-    assert [text.get_text() for text in figure.legends[0].texts] == ["SGD", "SAM", "M-SAM"]
+    assert [text.get_text() for text in figure.legends[0].texts] == [
+        *("SGD", "SAM", "M-SAM", "± one standard error")
+    ]
+    check(figure)
 
 
 def test_the_png_shows_the_optimizers_that_ran(outcome, folder):

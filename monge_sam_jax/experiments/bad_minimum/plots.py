@@ -8,15 +8,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from monge_sam_jax.experiments.common.plots import COLOURS, FONT_SIZE, blank_figure
+from monge_sam_jax.experiments.common.plots import (
+    COLOURS,
+    FONT_SIZE,
+    GREY,
+    SMALL,
+    band,
+    blank_figure,
+    log_ticks,
+)
 
 ACCURACIES = {"test_accuracy": "test accuracy (%)", "train_accuracy": "training accuracy (%)"}
 MECHANISM = {
-    "grad_norm": r"$\|g\|$ at $\theta$",
+    "grad_norm": r"$\|g\|$ at $\theta$ (nats)",
     "perturbation_norm": r"$\|\delta\| / \rho$",
-    "effective_radius": r"radius $\|\delta\| / \|g\|$",
+    "effective_radius": r"$\|\delta\| / \|g\|$ (1/nats)",
     "perturbed_loss": r"loss at $\theta + \delta$ (nats)",
 }
+
+# What SGD has none of, though its curves hold zeros and the loss at theta in their place.
+PERTURBED = ("perturbation_norm", "effective_radius", "perturbed_loss")
 
 
 def accuracy_figure(results: Mapping[str, Any]) -> Figure:
@@ -35,7 +46,7 @@ def accuracy_figure(results: Mapping[str, Any]) -> Figure:
         level = scratch["summary"][name]["mean"]
         for axes in row:
             if level is not None:
-                axes.axhline(level, color="#888888", linestyle=":", label=scratch["label"])
+                axes.axhline(level, color=GREY, linestyle=":", label=scratch["label"])
     _finish(figure, panels)
     return figure
 
@@ -48,11 +59,13 @@ def mechanism_figure(results: Mapping[str, Any]) -> Figure:
 
     Returns:
       The figure: means over seeds in bands of one standard error. SGD, which does not perturb, is
-      in the first and the last row alone. The axis of the epochs is logarithmic from the first on.
+      in the first row alone. The axis of the epochs is logarithmic from the first on.
     """
     figure, panels = _grid(results, MECHANISM)
     for name, row in zip(MECHANISM, panels, strict=True):
-        row[0].set_yscale("linear" if name == "perturbation_norm" else "log")
+        if name != "perturbation_norm":
+            row[0].set_yscale("log")
+            log_ticks(row[0])
     _finish(figure, panels)
     panels[0, 0].set_xscale("symlog", linthresh=1)
     return figure
@@ -63,10 +76,12 @@ def _grid(results: Mapping[str, Any], rows: Mapping[str, str]) -> tuple[Figure, 
     figure = blank_figure(0.6 + 1.45 * len(rows))
     panels = figure.subplots(len(rows), len(radii), squeeze=False, sharex=True, sharey="row")
     for (name, label), row in zip(rows.items(), panels, strict=True):
-        row[0].set_ylabel(label, fontsize=FONT_SIZE - 1)
+        row[0].set_ylabel(label, fontsize=FONT_SIZE)
         for axes, rho in zip(row, radii, strict=True):
             for run in results["runs"]:
-                if run["method"] != "scratch" and run["rho"] in (None, rho):
+                if run["method"] == "scratch" or run["rho"] not in (None, rho):
+                    continue
+                if run["method"] != "sgd" or name not in PERTURBED:
                     _draw(axes, run, name, rho if name == "perturbation_norm" else 1.0)
     for axes, rho in zip(panels[0], radii, strict=True):
         axes.set_title(rf"$\rho$ = {rho:g}", fontsize=FONT_SIZE)
@@ -77,8 +92,6 @@ def _draw(axes: Axes, run: Mapping[str, Any], name: str, unit: float) -> None:
     seeds = run["seeds"]
     curves = np.array([seed["curves"][name] for seed in seeds], float) / unit  # null becomes NaN
     mean, colour = curves.mean(axis=0), COLOURS[run["method"]]
-    if not np.any(mean > 0):  # SGD's perturbation
-        return
     axes.plot(run["epoch"], mean, color=colour, label=run["label"], linewidth=1.2)
     if len(curves) > 1:
         error = curves.std(axis=0, ddof=1) / np.sqrt(len(curves))
@@ -88,17 +101,18 @@ def _draw(axes: Axes, run: Mapping[str, Any], name: str, unit: float) -> None:
 
 def _finish(figure: Figure, panels: np.ndarray) -> None:
     for axes in panels.flat:
-        axes.tick_params(which="both", labelsize=FONT_SIZE - 2)
+        axes.tick_params(which="both", labelsize=SMALL)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
     panels[0, 0].set_xlim(left=0)
     for axes in panels[-1]:
-        axes.set_xlabel("epoch", fontsize=FONT_SIZE - 1)
+        axes.set_xlabel("epoch", fontsize=FONT_SIZE)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+    entries = panels[0][0].get_legend_handles_labels()[0]
     figure.legend(
-        *panels[0][0].get_legend_handles_labels(),
+        handles=entries + [band()] * bool(panels[0, 0].collections),
         loc="outside upper center",
-        ncols=4,
-        fontsize=FONT_SIZE - 1,
+        ncols=5,
+        fontsize=SMALL,
         frameon=False,
     )

@@ -1,14 +1,21 @@
 """The chart of `monge-sam bench`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from monge_sam_jax.experiments.common.plots import COLOURS, FONT_SIZE, blank_figure
+from monge_sam_jax.experiments.common.plots import (
+    COLOURS,
+    FONT_SIZE,
+    GREY,
+    LABELS,
+    SMALL,
+    blank_figure,
+)
 
-REFERENCE = "0.6"
 BY_HAND = (
     "sam_by_hand",
     "monge_by_hand",
@@ -16,12 +23,20 @@ BY_HAND = (
     "fisher_by_hand",
     "one_pass_by_hand",
 )
-# By the beginning of a method's name, the first that fits.
+# Who wrote it, by the beginning of a method's name, the first that fits: the mark.
 GROUPS = {
-    ("plain", "two_gradients"): ("references", COLOURS["sgd"]),
-    BY_HAND: ("by hand", COLOURS["fisher_sam"]),
-    ("optax_",): ("optax.contrib.sam", COLOURS["sam"]),
-    ("",): ("monge_sam_jax", COLOURS["monge_sam"]),
+    ("plain", "two_gradients"): ("references", "|"),
+    BY_HAND: ("by hand", "s"),
+    ("optax_",): ("optax.contrib.sam", "D"),
+    ("",): ("monge_sam_jax", "o"),
+}
+# And what it does: the colour. `one_pass_sam` perturbs by M-SAM's metric here.
+KINDS = {
+    ("plain", "two_gradients"): "sgd",
+    ("sam", "optax_"): "sam",
+    ("adaptive",): "adaptive_sam",
+    ("fisher",): "fisher_sam",
+    ("",): "monge_sam",
 }
 
 
@@ -33,7 +48,8 @@ def benchmark_figure(results: Mapping[str, Any]) -> Figure:
 
     Returns:
       A panel for each model, or a column of them where there are several batch sizes: medians over
-      rounds, in bars from quartile to quartile. Lines mark the plain step and two gradients.
+      rounds, in bars from quartile to quartile, in the colours of the methods. Lines mark the plain
+      step and two gradients.
     """
     columns: dict[str, list[Mapping[str, Any]]] = {}
     for entry in results["measurements"]:
@@ -47,43 +63,64 @@ def benchmark_figure(results: Mapping[str, Any]) -> Figure:
             _draw(axes, entry["methods"])
             title = f"{model}, batch {entry['batch_size']}" if rows > 1 else model
             axes.set_title(title, fontsize=FONT_SIZE)
-            axes.tick_params(labelsize=FONT_SIZE)
+            axes.tick_params(labelsize=SMALL)
             axes.spines[["top", "right"]].set_visible(False)
-        panels[-1, column].set_xlabel("time / plain", fontsize=FONT_SIZE)
+        panels[-1, column].set_xlabel("step time / plain", fontsize=FONT_SIZE)
         panels[-1, column].set_xlim(left=0)  # of all: it ends the scaling to what is drawn
     panels[0, 0].set_yticks(range(len(names)), names)
     panels[0, 0].invert_yaxis()
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    first = dict(zip(reversed(labels), reversed(handles), strict=True))
-    order = [label for label, _ in GROUPS.values() if label in first]
+    for axes in panels[:, 0]:
+        axes.set_ylabel("kind of step", fontsize=FONT_SIZE)
     figure.legend(
-        [first[label] for label in order],
-        order,
+        handles=_entries(names),
         loc="outside lower center",
-        ncols=len(GROUPS),
-        fontsize=FONT_SIZE,
+        ncols=5,
+        fontsize=SMALL,
         frameon=False,
     )
     return figure
 
 
+def _entries(names: Sequence[str]) -> list[Line2D]:
+    """Of the legend: the marks, the colours and the lines that there are."""
+    groups = [_first(GROUPS, name) for name in names]
+    kinds = [_first(KINDS, name) for name in names]
+    entries = [
+        Line2D([], [], color=GREY, marker=marker, markersize=4, linestyle="none", label=label)
+        for label, marker in GROUPS.values()
+        if (label, marker) in groups
+    ]
+    entries += [
+        Line2D([], [], color=COLOURS[kind], linewidth=3, label=LABELS[kind])
+        for kind in LABELS
+        if kind in kinds
+    ]
+    return [
+        *entries,
+        Line2D([], [], color=GREY, linewidth=1.3, label="from quartile to quartile"),
+        Line2D([], [], color=GREY, linewidth=0.8, linestyle=":", label="medians of the references"),
+    ]
+
+
+def _first(table: Mapping[tuple[str, ...], Any], name: str) -> Any:
+    return next(value for prefixes, value in table.items() if name.startswith(prefixes))
+
+
 def _draw(axes: Axes, methods: Mapping[str, Any]) -> None:
     for reference in ("plain", "two_gradients"):
         ratio = methods[reference]["ratio_to_plain"]["median"]
-        axes.axvline(ratio, color=REFERENCE, linewidth=0.8, zorder=0)
+        axes.axvline(ratio, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
     for place, (name, entry) in enumerate(methods.items()):
         ratio = entry["ratio_to_plain"]
-        label, colour = next(
-            group for prefixes, group in GROUPS.items() if name.startswith(prefixes)
-        )
+        label, marker = _first(GROUPS, name)
         below, above = ratio["median"] - ratio["lower"], ratio["upper"] - ratio["median"]
         axes.errorbar(
             ratio["median"],
             place,
             xerr=[[below], [above]],
-            color=colour,
-            marker="o",
-            markersize=3.5,
+            color=COLOURS[_first(KINDS, name)],
+            marker=marker,
+            markersize=8 if marker == "|" else 3.5,
             linewidth=1.3,
             label=label,
         )

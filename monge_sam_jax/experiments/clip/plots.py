@@ -5,15 +5,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import CSS4_COLORS
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from monge_sam_jax.experiments.common.plots import COLOURS, FONT_SIZE, LABELS, WIDTH, blank_figure
+from monge_sam_jax.experiments.common.plots import (
+    COLOURS,
+    FONT_SIZE,
+    GREY,
+    LABELS,
+    SMALL,
+    WIDTH,
+    band,
+    blank_figure,
+    log_ticks,
+)
 
-SMALL = FONT_SIZE - 2
 MOST_NAMED = 12  # classes in the legend
 MARKERS = {"image": "o", "text": "^"}
+WITHOUT_CLASSES = {"image": "black", "text": "#56B4E9"}
 
 
 class Panel(NamedTuple):
@@ -46,8 +58,10 @@ def figure_7(panels: Sequence[Panel]) -> Figure:
     figure = blank_figure(0.9 + WIDTH / max(len(panels), 2))
     names = [] if panels[0].labels is None else list(np.unique(panels[0].labels))
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for half, marker in zip(np.split(panel.points, 2), MARKERS.values(), strict=True):
-            colours: Any = "tab:blue" if marker == "o" else "tab:orange"
+        for half, (modality, marker) in zip(
+            np.split(panel.points, 2), MARKERS.items(), strict=True
+        ):
+            colours: Any = WITHOUT_CLASSES[modality]
             if panel.labels is not None:
                 colours = [_colour(names, label) for label in panel.labels]
             axes.scatter(*half.T, c=colours, marker=marker, s=5, alpha=0.7, linewidths=0)
@@ -57,11 +71,16 @@ def figure_7(panels: Sequence[Panel]) -> Figure:
             fontsize=SMALL,
         )
         axes.set(xticks=[], yticks=[])
+        axes.set_xlabel("t-SNE, first axis", fontsize=FONT_SIZE)
     first = figure.axes[0]
+    first.set_ylabel("t-SNE, second axis", fontsize=FONT_SIZE)
     for name, marker in MARKERS.items():
-        first.scatter([], [], c="black", marker=marker, s=12, label=name)
+        colour = "black" if names else WITHOUT_CLASSES[name]
+        first.scatter([], [], c=colour, marker=marker, s=12, label=name)
     for name in names[:MOST_NAMED]:
         first.scatter([], [], color=_colour(names, name), marker="s", s=12, label=name)
+    if len(names) > MOST_NAMED:
+        first.scatter([], [], c="none", s=12, label=f"and {len(names) - MOST_NAMED} classes more")
     _legend_below(figure, first)
     return figure
 
@@ -91,19 +110,28 @@ def mechanism_figure(results: Mapping[str, Any]) -> Figure:
         ):
             _draw(axes, cell, name, "-")
         _draw(panels[2], cell, "perturbed_loss", "--")
-    panels[2].axhline(results["chance"]["loss"], color="#888888", linewidth=0.8, linestyle=":")
-    labels = ("|g|", "|delta|", "loss (dashed: perturbed)")
+    panels[2].axhline(results["chance"]["loss"], color=GREY, linewidth=0.8, linestyle=":")
+    labels = (r"$\|g\|$ at $\theta$ (nats)", r"$\|\delta\|$", "training loss (nats)")
     for axes, label in zip(panels, labels, strict=True):
-        axes.set_title(label, fontsize=SMALL)
-        axes.set_xlabel("step", fontsize=SMALL)
+        axes.set_ylabel(label, fontsize=FONT_SIZE)
+        axes.set_xlabel("step", fontsize=FONT_SIZE)
         axes.tick_params(which="both", labelsize=SMALL)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[:2]:
         axes.set_yscale("log")
+        log_ticks(axes)
     figure.suptitle(
-        f"learning rate {chosen['learning_rate']:g}, rho {chosen['rho']:g}", fontsize=FONT_SIZE
+        rf"learning rate {chosen['learning_rate']:g}, $\rho$ = {chosen['rho']:g}",
+        fontsize=FONT_SIZE,
     )
-    _legend_below(figure, panels[0])
+    _legend_below(
+        figure,
+        panels[0],
+        *[band()] * bool(panels[0].collections),
+        Line2D([], [], color=GREY, label=r"at $\theta$"),
+        Line2D([], [], color=GREY, linestyle="--", label=r"at $\theta + \delta$"),
+        Line2D([], [], color=GREY, linewidth=0.8, linestyle=":", label="loss of chance"),
+    )
     return figure
 
 
@@ -118,11 +146,13 @@ def _draw(axes: Axes, cell: Mapping[str, Any], name: str, style: str) -> None:
         axes.fill_between(middle, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
 
 
-def _legend_below(figure: Figure, axes: Axes) -> None:
+def _legend_below(figure: Figure, axes: Axes, *more: Artist) -> None:
+    handles = [*axes.get_legend_handles_labels()[0], *more]
+    longest = max(len(str(handle.get_label())) for handle in handles)
     figure.legend(
-        *axes.get_legend_handles_labels(),
+        handles=handles,
         loc="outside lower center",
-        ncols=8,
+        ncols=max(1, min(8, int(WIDTH / (0.5 + 0.055 * longest)))),  # in inches, roughly
         fontsize=SMALL,
         frameon=False,
     )

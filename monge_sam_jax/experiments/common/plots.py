@@ -1,10 +1,14 @@
 """How figures look, which are drawn without pyplot and so without global state."""
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 WIDTH = 7.0  # of the text on a page, in inches
-FONT_SIZE = 9
+FONT_SIZE = 9  # of titles and of the names of axes
+SMALL = FONT_SIZE - 1  # of ticks and legends
 DOTS_PER_INCH = 200
 
 LABELS = {
@@ -14,12 +18,29 @@ LABELS = {
     "adaptive_sam": "ASAM",
 }
 # The palette of Okabe and Ito, whose colours remain distinct to the colour-blind.
+# "sgd" is descent without a perturbation, on the toy losses with the whole gradient.
 COLOURS = {
     "sgd": "#000000",
+    "adam": "#E69F00",
+    "adamw": "#E69F00",
     "sam": "#0072B2",
     "monge_sam": "#D55E00",
     "adaptive_sam": "#009E73",
     "fisher_sam": "#CC79A7",
+}
+GREY = "#888888"  # what is no method: references, levels, and marks that hold for all methods
+# For `matplotlib.rcParams`: pyplot's figures in the notebooks then look like those drawn here.
+NOTEBOOK = {
+    "axes.labelsize": FONT_SIZE,
+    "axes.titlesize": FONT_SIZE,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 120,
+    "figure.titlesize": FONT_SIZE,
+    "legend.fontsize": SMALL,
+    "legend.frameon": False,
+    "lines.linewidth": 1.3,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
 }
 
 
@@ -28,3 +49,21 @@ def blank_figure(height: float) -> Figure:
     figure = Figure(figsize=(WIDTH, height), dpi=DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def band() -> Patch:
+    """What explains the bands around the curves, for a legend."""
+    return Patch(color=GREY, alpha=0.4, linewidth=0, label="± one standard error")
+
+
+def log_ticks(axes: Axes) -> None:
+    """Gives a logarithmic y axis ticks at powers of ten, and below two decades at 2 and 5 as well.
+
+    Args:
+      axes: with everything drawn, as their limits decide.
+    """
+    low, high = axes.get_ylim()
+    if high < 100 * low:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())

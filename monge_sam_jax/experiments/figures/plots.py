@@ -1,25 +1,41 @@
 """The figures of the Monge SAM paper, from arrays."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, Ellipse, Rectangle
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle, Ellipse, Patch, Rectangle
 from scipy.ndimage import gaussian_filter  # type: ignore[import-untyped]
 
-from monge_sam_jax.experiments.common.plots import COLOURS, FONT_SIZE, blank_figure
+from monge_sam_jax.experiments.common.plots import COLOURS, FONT_SIZE, GREY, SMALL, blank_figure
 from monge_sam_jax.experiments.common.plots import LABELS as METHOD_LABELS
 
 LABELS = {"sgd": "GD", **METHOD_LABELS}
-SMALL = FONT_SIZE - 1.5
-GREY = "#888888"
+LEVELS = "#cccccc"
+START: dict[str, Any] = {"marker": "s", "color": "black", "linestyle": "none", "markersize": 4}
+SADDLE: dict[str, Any] = START | {
+    "marker": "X",
+    "markersize": 8,
+    "markeredgecolor": "white",
+    "markeredgewidth": 0.5,
+}
+MINIMUM: dict[str, Any] = SADDLE | {"marker": "*", "markersize": 9}
 
 
-def _plane(axes: Axes, low: Sequence[float], high: Sequence[float]) -> None:
-    """A part of the plane of theta_1 and theta_2, on equal axes."""
+def plane(axes: Axes, low: Sequence[float], high: Sequence[float]) -> None:
+    """Makes the axes a part of the plane of theta_1 and theta_2, with equal units.
+
+    Args:
+      axes: to be set up.
+      low: the lower left corner.
+      high: the upper right corner.
+    """
     axes.set_aspect("equal")
     axes.set_xlim(low[0], high[0])
     axes.set_ylim(low[1], high[1])
@@ -28,26 +44,32 @@ def _plane(axes: Axes, low: Sequence[float], high: Sequence[float]) -> None:
     axes.tick_params(labelsize=SMALL)
 
 
-def _banana_contours(axes: Axes) -> None:
-    """Level lines of (1 - t1 t2)^2 over the limits of the axes, and its minima and saddle."""
+def banana_contours(axes: Axes) -> None:
+    """Draws level lines of (1 - t1 t2)^2 over the limits of the axes, and its minima and saddle.
+
+    Args:
+      axes: whose limits are set; their legend gets an entry for each kind of line and mark.
+    """
     x, y = (np.linspace(*limits, 201) for limits in (axes.get_xlim(), axes.get_ylim()))
     loss = (1 - x * y[:, None]) ** 2
     levels = np.arange(0.25, 11, 0.5) ** 2  # evenly spaced on a scale of square roots
-    axes.contour(x, y, loss, levels, colors="#d8d8d8", linewidths=0.6, zorder=0)
+    axes.contour(x, y, loss, levels, colors=LEVELS, linewidths=0.6, zorder=0)
     axes.contour(x, y, 1 - x * y[:, None], [0], colors=GREY, linewidths=1.0, zorder=1)
-    axes.plot(0, 0, "X", color="black", markersize=5, markeredgecolor="white", zorder=6)
-    axes.plot([-1, 1], [-1, 1], "*", color="black", markersize=8, markeredgecolor="white", zorder=6)
+    axes.plot(0, 0, **SADDLE, zorder=6, label="saddle")
+    axes.plot([-1, 1], [-1, 1], **MINIMUM, zorder=6, label="flattest minima")
+    axes.plot([], [], color=GREY, linewidth=1.0, label=r"minima, $\theta_1 \theta_2 = 1$")
+    axes.plot([], [], color=LEVELS, linewidth=0.6, label="level lines of the loss")
 
 
-def _legend_above(axes: Axes) -> None:
-    axes.legend(
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1),
-        ncols=3,
+def _legend_below(figure: Figure, *entries: Artist, ncols: int = 5) -> None:
+    figure.legend(
+        handles=entries,
+        loc="outside lower center",
+        ncols=ncols,
         fontsize=SMALL,
         frameon=False,
-        columnspacing=1.2,
-        handlelength=1.6,
+        columnspacing=1.5,
+        handlelength=1.8,
     )
 
 
@@ -67,15 +89,16 @@ def balls_figure(
 
     Returns:
       The trajectories with an arrow against the gradient, of a fixed length, at each perturbed
-      point; and beside them the start with the ball of each metric, for M-SAM an ellipse.
+      point; and beside them the start with the ball of each metric, for M-SAM an ellipse, and the
+      perturbations as arrows.
     """
-    figure = blank_figure(3.75)
+    figure = blank_figure(4.3)
     left, right = figure.subplots(1, 2)
-    _plane(left, (-2.7, -1.8), (0.9, 1.8))
-    _banana_contours(left)
+    plane(left, (-2.7, -1.8), (0.9, 1.8))
+    banana_contours(left)
     for name, path in paths.items():
         left.plot(*path.T, color=COLOURS[name], linewidth=1.4, label=LABELS[name], zorder=3)
-        left.plot(*path[-1], "o", color=COLOURS[name], markersize=4, zorder=5)
+        left.plot(*path[-1], "o", color=COLOURS[name], markersize=4, zorder=7)
     for name, (iterates, points, grads) in arrows.items():
         lines = LineCollection(list(np.stack([iterates, points], axis=1)), linestyles=":")
         lines.set(color=COLOURS[name], linewidth=0.8)
@@ -92,12 +115,11 @@ def balls_figure(
             zorder=4,
         )
     start = next(iter(paths.values()))[0]
-    left.plot(*start, "s", color="black", markersize=4, zorder=6)
-    _legend_above(left)
+    left.plot(*start, **START, zorder=6, label="start")
 
-    _plane(right, start - 1.3, start + 1.3)
-    _banana_contours(right)
-    right.plot(*start, "s", color="black", markersize=4, zorder=6)
+    plane(right, start - 1.3, start + 1.3)
+    banana_contours(right)
+    right.plot(*start, **START, zorder=6)
     along = perturbations["monge_sam"]
     length = float(np.linalg.norm(along))
     angle = float(np.degrees(np.arctan2(along[1], along[0])))
@@ -119,7 +141,20 @@ def balls_figure(
             arrowprops={"arrowstyle": "-|>", "color": COLOURS[name], "shrinkA": 0, "shrinkB": 0},
             zorder=4 if name == "sam" else 5,
         )
-    _legend_above(right)
+    left.set_title("trajectories", fontsize=FONT_SIZE)
+    right.set_title(r"the balls at the start, with $\delta^*$ as arrows", fontsize=FONT_SIZE)
+    steps = len(next(iter(paths.values()))) - 1
+    neutral: dict[str, Any] = {"color": GREY, "linestyle": "none", "markersize": 4}
+    _legend_below(
+        figure,
+        *left.get_legend_handles_labels()[0],
+        Line2D([], [], **neutral, marker="o", label=f"after {steps} steps"),
+        Line2D([], [], color=GREY, linewidth=0.8, linestyle=":", label=r"to $\theta + \delta^*$"),
+        Line2D([], [], **neutral, marker=r"$\rightarrow$", label="against the gradient there"),
+        circle,
+        ellipse,
+        ncols=4,
+    )
     return figure
 
 
@@ -137,9 +172,9 @@ def density_figure(
 
     Returns:
       Histograms smoothed with a Gaussian of standard deviation 0.1, on a scale of square roots that
-      is every panel's own; a square at the maximum, the circle of minima dashed.
+      is every panel's own; a cross at the maximum, the circle of minima dashed.
     """
-    figure = blank_figure(4.25)
+    figure = blank_figure(4.4)
     grid = figure.subplots(len(panels), len(panels[0]), sharex=True, sharey=True, squeeze=False)
     edge, cell = 2.8, 0.05
     bins = np.arange(-edge, edge + cell / 2, cell)
@@ -151,11 +186,17 @@ def density_figure(
             extent = (-edge, edge, -edge, edge)
             axes.imshow(density.T, extent=extent, origin="lower", cmap=colours, norm=PowerNorm(0.5))
             axes.add_patch(Circle((0, 0), ring, fill=False, linestyle="--", edgecolor=GREY))
-            axes.plot(0, 0, "s", markersize=4, color="black", markeredgecolor="white")
-            _plane(axes, (-edge, -edge), (edge, edge))
+            axes.plot(0, 0, **SADDLE)
+            plane(axes, (-edge, -edge), (edge, edge))
             axes.set_title(f"{title}\n{note}", fontsize=FONT_SIZE)
             axes.label_outer()
         axes_row[0].set_ylabel(f"{label}\n$\\theta_2$", fontsize=FONT_SIZE)
+    _legend_below(
+        figure,
+        Line2D([], [], **SADDLE, label="maximum"),
+        Line2D([], [], color=GREY, linestyle="--", label="circle of minima"),
+        Patch(color=GREY, label="density of end points; dark: many (each panel's own scale)"),
+    )
     return figure
 
 
@@ -172,18 +213,19 @@ def cycles_figure(
       A column for each learning rate: the iterates on the graph of the loss, above their distance
       from the minimum, with the limit cycles dashed.
     """
-    figure = blank_figure(4.0)
+    figure = blank_figure(4.3)
     grid = figure.subplots(2, len(paths), sharex="row", sharey="row", squeeze=False)
     t = np.linspace(-1, 1, 201)
     for (rate, by_method), (top, bottom) in zip(paths.items(), grid.T, strict=True):
-        top.plot(t, t**2, color=GREY, linewidth=1, zorder=0)
+        top.plot(t, t**2, color=GREY, linewidth=1, zorder=0, label=r"loss $\theta^2$")
         for name, path in by_method.items():
             for axes, x, y in ((top, path, path**2), (bottom, range(len(path)), np.abs(path))):
                 style = {"color": COLOURS[name], "label": LABELS[name]}
                 axes.plot(x, y, "o-", markersize=3, linewidth=0.9, **style)
             bottom.axhline(cycles[rate][name], color=COLOURS[name], linestyle="--", linewidth=0.8)
         start = next(iter(by_method.values()))[0]
-        top.plot(start, start**2, "s", color="black", markersize=5, label="start")
+        top.plot(start, start**2, **START, label="start")
+        bottom.plot(0, abs(start), **START, zorder=5)
         top.set_xticks(np.linspace(-1, 1, 5))
         top.set_title(f"learning rate {rate:g}", fontsize=FONT_SIZE)
         top.set_xlabel(r"$\theta$", fontsize=FONT_SIZE)
@@ -193,8 +235,12 @@ def cycles_figure(
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(labelsize=SMALL)
     grid[0, 0].set_ylabel(r"loss $\theta^2$", fontsize=FONT_SIZE)
-    grid[1, 0].set_ylabel(r"$|\theta|$", fontsize=FONT_SIZE)
-    grid[0, 0].legend(fontsize=SMALL, frameon=False, loc="upper center")
+    grid[1, 0].set_ylabel(r"distance $|\theta|$", fontsize=FONT_SIZE)
+    _legend_below(
+        figure,
+        *grid[0, 0].get_legend_handles_labels()[0],
+        Line2D([], [], color=GREY, linestyle="--", linewidth=0.8, label="limit cycle"),
+    )
     return figure
 
 
@@ -211,7 +257,7 @@ def stability_figure(
     Returns:
       A row for each method. Red is positive, hence attracting; colours end at -4 and 4.
     """
-    figure = blank_figure(3.6)
+    figure = blank_figure(3.75)
     columns = len(next(iter(maps.values())))
     grid = figure.subplots(len(maps), columns, sharex=True, sharey=True, squeeze=False)
     t = np.linspace(1 / edge, edge, 200)
@@ -227,14 +273,23 @@ def stability_figure(
                 square = Rectangle((centre - half_side,) * 2, 2 * half_side, 2 * half_side)
                 square.set(fill=False, linewidth=1.0, linestyle=style)
                 axes.add_patch(square)
-            _plane(axes, (-edge, -edge), (edge, edge))
+            plane(axes, (-edge, -edge), (edge, edge))
             if axes in grid[0]:
-                axes.set_title(rf"$\rho = {rho:g}$", fontsize=FONT_SIZE)
+                is_flow = " (gradient flow)" if rho == 0 else ""
+                axes.set_title(rf"$\rho = {rho:g}${is_flow}", fontsize=FONT_SIZE)
             axes.label_outer()
         axes_row[0].set_ylabel(f"{LABELS[name]}\n$\\theta_2$", fontsize=FONT_SIZE)
     bar = figure.colorbar(image, ax=grid, extend="both", shrink=0.8, pad=0.01, aspect=25)
     bar.ax.tick_params(labelsize=SMALL)
     bar.set_label(r"smaller eigenvalue $\lambda_2$ of $A_\rho$", fontsize=FONT_SIZE)
+    _legend_below(
+        figure,
+        Patch(color="#B2182B", label=r"$\lambda_2 > 0$: attracts"),
+        Patch(color="#2166AC", label=r"$\lambda_2 < 0$"),
+        Line2D([], [], color="black", linewidth=0.6, label=r"minima, $\theta_1 \theta_2 = 1$"),
+        Rectangle((0, 0), 1, 1, fill=False, label="at the saddle"),
+        Rectangle((0, 0), 1, 1, fill=False, linestyle=":", label="at the flattest minima"),
+    )
     return figure
 
 
@@ -246,14 +301,15 @@ def marginals_figure(paths: Mapping[str, np.ndarray], notes: Mapping[str, str]) 
       notes: what is written under the title of each panel, by method.
 
     Returns:
-      A panel for each method, with histograms of the end points above and beside it.
+      A panel for each method, with histograms of the end points above and beside it, up to half
+      of the points.
     """
-    figure = blank_figure(7.2)
+    figure = blank_figure(7.5)
     edge = 3.2
     bins = np.arange(-3.3, 3.4, 0.2)
     for (name, path), axes in zip(paths.items(), figure.subplots(2, 2).flat, strict=False):
-        _plane(axes, (-edge, -edge), (edge, edge))
-        _banana_contours(axes)
+        plane(axes, (-edge, -edge), (edge, edge))
+        banana_contours(axes)
         lines = LineCollection(list(path.transpose(1, 0, 2)), colors=COLOURS[name])
         lines.set(linewidth=0.7, alpha=0.7)
         axes.add_collection(lines)
@@ -277,4 +333,14 @@ def marginals_figure(paths: Mapping[str, np.ndarray], notes: Mapping[str, str]) 
         for marginal in (top, side):
             marginal.axis("off")
         top.set_title(f"{LABELS[name]}\n{notes[name]}", fontsize=FONT_SIZE)
+    neutral: dict[str, Any] = {"color": GREY, "linestyle": "none", "marker": "o"}
+    steps = len(next(iter(paths.values()))) - 1
+    _legend_below(
+        figure,
+        *axes.get_legend_handles_labels()[0],
+        Line2D([], [], **neutral, markersize=1.5, label="starts"),
+        Line2D([], [], **START | {"marker": "o"}, label=f"in colour: after {steps} steps"),
+        Patch(color="black", label="and their marginal distributions"),
+        ncols=4,
+    )
     return figure

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from monge_sam_jax.experiments.common.plots import COLOURS, FONT_SIZE, blank_figure
+from monge_sam_jax.experiments.common.plots import COLOURS, FONT_SIZE, SMALL, band, blank_figure
 
 # A method in one pass has the colour of its two-pass form, and dashes.
 STYLES = {
@@ -36,20 +36,20 @@ def quality_figure(results: Mapping[str, Any]) -> Figure:
             for run in entry["runs"]:
                 if run["rho"] in (None, rho):
                     _draw(axes, run)
-            axes.set_title(f"{task}, rho = {rho:g}", fontsize=FONT_SIZE)
-            axes.tick_params(labelsize=FONT_SIZE - 2)
+            axes.set_title(rf"{task}, $\rho$ = {rho:g}", fontsize=FONT_SIZE)
+            axes.tick_params(labelsize=SMALL)
+            axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.2)
         row[0].set_ylabel("test accuracy (%)", fontsize=FONT_SIZE)
         row[0].set_ylim(*_limits(entry))
     for axes in panels[-1]:
         axes.set_xlabel("gradients taken", fontsize=FONT_SIZE)
-    handles, labels = panels[0][0].get_legend_handles_labels()
+    several = any(len(run["test_accuracy"]) > 1 for run in next(iter(tasks.values()))["runs"])
     figure.legend(
-        handles,
-        labels,
+        handles=panels[0][0].get_legend_handles_labels()[0] + [band()] * several,
         loc="outside upper center",
-        ncols=len(STYLES),
-        fontsize=FONT_SIZE - 1,
+        ncols=len(STYLES) + 1,
+        fontsize=SMALL,
         frameon=False,
     )
     return figure

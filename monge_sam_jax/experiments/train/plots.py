@@ -8,7 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from monge_sam_jax.experiments.common.plots import COLOURS, FONT_SIZE, blank_figure
+from monge_sam_jax.experiments.common.plots import (
+    COLOURS,
+    FONT_SIZE,
+    SMALL,
+    band,
+    blank_figure,
+    log_ticks,
+)
 
 # Fisher SAM often coincides with SAM and M-SAM, which then show between its dashes.
 DASHES = {"fisher_sam": (0, (4, 2))}
@@ -26,41 +33,44 @@ def training_figure(results: Mapping[str, Any]) -> Figure:
       out the first epochs. A curve ends where a seed diverged.
     """
     optimizers = results["optimizers"]
+    base = results["configuration"]["base"]
     with_radius = {name: optimizers[name] for name in ("sam", "monge_sam") if name in optimizers}
     figure = blank_figure(2.6)
     loss, accuracy, radius = figure.subplots(1, 3)
-    _draw_curves(loss, optimizers, "train_loss")
-    _draw_curves(accuracy, optimizers, "test_accuracy")
-    _draw_curves(radius, with_radius, "effective_radius")
+    _draw_curves(loss, optimizers, "train_loss", base)
+    _draw_curves(accuracy, optimizers, "test_accuracy", base)
+    _draw_curves(radius, with_radius, "effective_radius", base)
     loss.set_ylabel("training loss (nats)")
     accuracy.set_ylabel("test accuracy (%)")
-    radius.set_ylabel("effective radius (1/nats)")
+    radius.set_ylabel(r"radius $\|\delta\| / \|g\|$ (1/nats)")
     for axes in (loss, accuracy, radius):
         _finish(axes, results["configuration"]["epochs"])
     _make_logarithmic(loss, if_empty="diverged")
     _make_logarithmic(radius, if_empty="diverged" if with_radius else "neither SAM\nnor M-SAM")
     _leave_out_beginning(accuracy)
+    several = any(len(entry["seeds"]) > 1 for entry in optimizers.values())
     figure.legend(
-        *loss.get_legend_handles_labels(),
+        handles=loss.get_legend_handles_labels()[0] + [band()] * several,
         loc="outside lower center",
-        ncols=len(COLOURS),
-        fontsize=FONT_SIZE,
+        ncols=6,
+        fontsize=SMALL,
         frameon=False,
     )
     return figure
 
 
-def _draw_curves(axes: Axes, optimizers: Mapping[str, Any], quantity: str) -> None:
+def _draw_curves(axes: Axes, optimizers: Mapping[str, Any], quantity: str, base: str) -> None:
     """Mean and standard error over seeds of a quantity after every epoch."""
     for name, entry in optimizers.items():
         seeds = entry["seeds"]
+        colour = COLOURS[base if name == "sgd" else name]
         curves = np.array([seed["curves"][quantity] for seed in seeds], float)  # null becomes NaN
         mean = curves.mean(axis=0)
         epochs = np.arange(1, len(mean) + 1)
         axes.plot(
             epochs,
             mean,
-            color=COLOURS[name],
+            color=colour,
             linestyle=DASHES.get(name, "-"),
             linewidth=1.3,
             marker="o" if len(epochs) == 1 else None,
@@ -70,7 +80,7 @@ def _draw_curves(axes: Axes, optimizers: Mapping[str, Any], quantity: str) -> No
         if len(seeds) > 1:
             error = curves.std(axis=0, ddof=1) / np.sqrt(len(seeds))
             low, high = mean - error, mean + error
-            axes.fill_between(epochs, low, high, color=COLOURS[name], alpha=0.2, linewidth=0)
+            axes.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
 def _finish(axes: Axes, epochs: int) -> None:
@@ -79,7 +89,7 @@ def _finish(axes: Axes, epochs: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.label.set_fontsize(FONT_SIZE)
     axes.yaxis.label.set_fontsize(FONT_SIZE)
-    axes.tick_params(which="both", labelsize=FONT_SIZE)
+    axes.tick_params(which="both", labelsize=SMALL)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -91,6 +101,7 @@ def _make_logarithmic(axes: Axes, if_empty: str) -> None:
     """A logarithmic axis of values; a note where there is none that it could show."""
     if any(np.any(curve > 0) for curve in _curves(axes)):
         axes.set_yscale("log")
+        log_ticks(axes)
         return
     axes.set_yticks([])
     axes.text(0.5, 0.5, if_empty, ha="center", fontsize=FONT_SIZE, transform=axes.transAxes)
