@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,32 @@ def supervise(options: Train) -> None:
         log = Path(folder) / "log"
         reader, writer = context.Pipe(duplex=False)
         process = context.Process(target=_work, args=(options, writer, log), daemon=True)
-        process.start()
+        with _deaf_to_interrupts():
+            process.start()
         writer.close()
-        process.join()
+        try:
+            process.join()
+        finally:
+            process.kill()  # where Ctrl-C ended the wait; its peers find out
+            process.join()
         with contextlib.suppress(EOFError):  # nothing was sent
             raise reader.recv()
         if process.exitcode is not None and process.exitcode < 0:
             raise LostProcessError(_reason(process.exitcode, log.read_text(errors="replace")))
         sys.exit(process.exitcode)
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Ctrl-C reaches all processes of a terminal; a child that is started here ignores it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _reason(exitcode: int, log: str) -> str:
