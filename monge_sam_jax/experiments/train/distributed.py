@@ -24,6 +24,7 @@ from monge_sam_jax.experiments.train.options import Train
 
 HEARTBEAT_SECONDS = 15
 JOINING_SECONDS = 120
+PATIENCE_SECONDS = 3
 RESUME = "start all processes again with --resume to go on from the last checkpoint"
 
 
@@ -118,9 +119,27 @@ def _run(command: Callable[[Train], None], options: Train) -> None:
     jax.distributed.shutdown()
 
 
+def _say_that_it_waits(options: Train) -> threading.Timer:
+    """Begins to wait for the others; process 0 says so, if they do not come soon."""
+
+    def say() -> None:
+        print(
+            f"monge-sam: process 0 waits for the others, for up to {JOINING_SECONDS} seconds",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    timer = threading.Timer(PATIENCE_SECONDS, say)
+    timer.daemon = True
+    if _number(options.process_id, "JAX_PROCESS_ID") == 0:
+        timer.start()
+    return timer
+
+
 def _join(options: Train) -> None:
     import jax
 
+    timer = _say_that_it_waits(options)
     try:
         jax.distributed.initialize(
             options.coordinator_address,
@@ -134,6 +153,8 @@ def _join(options: Train) -> None:
             f"--distributed: {error} (--coordinator-address, --num-processes and --process-id, or "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, say where to join)"
         ) from error
+    finally:
+        timer.cancel()
 
 
 def _number(option: int | None, variable: str) -> int | None:
