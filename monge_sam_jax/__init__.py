@@ -4,6 +4,7 @@ The builders `monge_sam`, `sam`, `adaptive_sam` and `fisher_sam` go first in an 
 `sharpness_aware_value_and_grad` takes the place of `jax.value_and_grad` in any training loop.
 """
 
+import monge_sam_jax._core.interruption  # noqa: F401 - first: Ctrl-C while the rest is loaded
 from monge_sam_jax.composite import grouped as grouped
 from monge_sam_jax.composite import scaled as scaled
 from monge_sam_jax.diagnostics import Diagnostics as Diagnostics

@@ -25,7 +25,6 @@ from monge_sam_jax.experiments.bench import compile as bench_compile
 from monge_sam_jax.experiments.bench import measure as bench_measure
 from monge_sam_jax.experiments.bench import models as bench_models
 from monge_sam_jax.experiments.bench import options as benchmark
-from monge_sam_jax.experiments.bench import progress as bench_progress
 from monge_sam_jax.experiments.bench import run as bench_report
 from monge_sam_jax.experiments.bench import targets as bench_targets
 from monge_sam_jax.experiments.bench.counts import Counts, count
@@ -43,6 +42,7 @@ from monge_sam_jax.experiments.bench.measure import (
 )
 from monge_sam_jax.experiments.bench.plots import benchmark_figure
 from monge_sam_jax.experiments.bench.steps import METHODS, RHO, Carry, Method
+from monge_sam_jax.experiments.common import progress
 from monge_sam_jax.experiments.common.data import Batch
 from monge_sam_jax.experiments.common.errors import InputError
 from monge_sam_jax.experiments.common.placement import AXIS, Placement
@@ -898,7 +898,7 @@ def test_lines_of_progress_say_what_is_left(other_models):
 def test_on_a_terminal_there_is_a_bar_in_place_of_lines(monkeypatch, capsys):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with bench_progress.steps("mlp (1 of 2)", 3) as told:
+    with progress.steps("mlp (1 of 2)", 3) as told:
         told.begin("compiling plain")
         told.end("plain compiled in 1 s, 2 left")
     err = capsys.readouterr().err

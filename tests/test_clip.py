@@ -518,7 +518,7 @@ def test_command_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys)
         return training.record(cell, *args)
 
     monkeypatch.setattr(clip_study, "record", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         run_command(tmp_path / "parts")
     rest = []
     monkeypatch.setattr(
@@ -530,7 +530,7 @@ def test_command_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys)
     assert done + rest == 2 * grid
 
     monkeypatch.setattr(clip_study, "record", lambda *_: pytest.fail("nothing was left to do"))
-    fewer = run_command(tmp_path / "parts", "--seeds", "1")
+    fewer = run_command(tmp_path / "parts", "--seeds", "1", "--overwrite")
     assert [len(cell["seeds"]) for cell in fewer["cells"]] == [1] * len(grid)
     assert fewer["claims"][0]["verdict"] == "open: needs several seeds, all finite"
 

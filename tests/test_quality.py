@@ -139,7 +139,7 @@ def test_command_writes_curves_tables_and_figure(tmp_path, capsys):
         (["--rho", "-1"], "--rho needs finite"),
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--confusion-epochs", "0"], "--confusion-epochs must be"),
-        (["--seed", "-1"], "--seed must not be negative"),
+        (["--seed", "-1"], "--seed must be from 0"),
         (["--tasks"], "--tasks needs"),
     ],
 )

@@ -1,16 +1,23 @@
 """The options of `monge-sam bad-minimum`; light to import, so that the command's help is quick."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from monge_sam_jax.experiments.common.errors import InputError
-from monge_sam_jax.experiments.common.options import check_seed, flag
+from monge_sam_jax.experiments.common.options import (
+    PRESET,
+    check_numbers,
+    check_seed,
+    flag,
+    of_preset,
+)
 
 Data: TypeAlias = Literal["digits", "cifar10"]
 Model: TypeAlias = Literal["mlp", "resnet", "resnet18"]
 Preset: TypeAlias = Literal["smoke", "digits", "digits-resnet", "paper"]
+
+LEARNING_RATES = ("learning_rate", "confusion_learning_rate", "fitting_learning_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +129,8 @@ class BadMinimum:
       seed: The first of them; the others follow it.
       data_dir: The folder cifar-10-batches-py of CIFAR-10's Python version, or the one it is in.
       output: Folder for results.json, bad_minimum.md, figure6.png and mechanism.png, which are
-        overwritten, and for minima and finished runs.
+        overwritten if they are of the same options, and for minima and finished runs.
+      overwrite: Write over the results of other options, if the output folder has some.
     """
 
     preset: Preset = "digits"
@@ -146,7 +154,12 @@ class BadMinimum:
     seeds: int = 5
     seed: int = 0
     data_dir: Path | None = None
-    output: Path = Path("runs/bad-minimum")
+    output: Path = Path("runs/bad-minimum", PRESET)
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Resolves the default folder."""
+        object.__setattr__(self, "output", of_preset(self.output, self.preset))
 
     @property
     def recipe(self) -> Recipe:
@@ -161,10 +174,11 @@ class BadMinimum:
         for name, value in {"seeds": self.seeds, **dataclasses.asdict(recipe)}.items():
             if isinstance(value, int) and value < 1:
                 raise InputError(f"{flag(name)} must be at least 1, got {value}")
-            if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{flag(name)} must be finite and not negative, got {value}")
-        if not recipe.rho or not all(math.isfinite(rho) and rho > 0 for rho in recipe.rho):
-            raise InputError(f"--rho needs finite positive numbers, got {recipe.rho}")
+        rates = {name: getattr(recipe, name) for name in LEARNING_RATES}
+        check_numbers(rates | {"rho": recipe.rho}, positive=True)
+        check_numbers({"momentum": recipe.momentum})
+        if not recipe.rho:
+            raise InputError("--rho needs at least one number")
         if list(recipe.rho) != sorted(set(recipe.rho)):
             raise InputError(f"--rho needs radii that increase, got {recipe.rho}")
         if recipe.batch_size > recipe.train_size:

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import Progress, TaskID
 
 from monge_sam_jax.experiments.bad_minimum import training
 from monge_sam_jax.experiments.bad_minimum.claims import claims
@@ -21,6 +20,7 @@ from monge_sam_jax.experiments.bad_minimum.report import LABELS, final, markdown
 from monge_sam_jax.experiments.common import report
 from monge_sam_jax.experiments.common.data import shuffled_rows
 from monge_sam_jax.experiments.common.kept import Tree, fingerprint, kept
+from monge_sam_jax.experiments.common.progress import Steps, steps
 
 SCRATCH = "scratch"  # the baseline, among the names of methods
 
@@ -56,7 +56,7 @@ def run(options: BadMinimum) -> None:
         reached.
     """
     options.check()
-    report.prepare_output(options.output)
+    report.prepare_output(options.output, configuration(options), options.overwrite)
     results = compare(options)
     report.write_json(options.output / "results.json", results)
     tables = markdown(results)
@@ -69,6 +69,11 @@ def run(options: BadMinimum) -> None:
         f"Wrote results.json, bad_minimum.md, figure6.png and mechanism.png to {options.output}",
         soft_wrap=True,
     )
+
+
+def configuration(options: BadMinimum) -> dict[str, Any]:
+    """The options as they are in results.json."""
+    return {**dataclasses.asdict(options), **dataclasses.asdict(options.recipe)}
 
 
 def compare(options: BadMinimum) -> dict[str, Any]:
@@ -88,18 +93,17 @@ def compare(options: BadMinimum) -> dict[str, Any]:
     curves: dict[Cell, list[Tree]] = {cell: [] for cell in cells(recipe)}
     starts = []
     seeds = range(options.seed, options.seed + options.seeds)
-    with report.progress_bar() as progress:
-        whole = progress.add_task("", total=len(seeds) * (1 + len(curves)))
-        part = progress.add_task("")
+    with steps("", len(seeds) * (1 + len(curves)), unit="runs") as told:
         for seed in seeds:
-            for cell, tree in comparison.results_of(seed, progress, part):
+            for cell, tree in comparison.results_of(seed, told):
                 if cell is None:
                     starts.append({name: x.item() for name, x in tree.items()})
                 else:
                     curves[cell].append(tree)
-                progress.update(whole, advance=1, description=f"seed {seed}")
+                told.begin(f"seed {seed}")
+                told.end(f"seed {seed}: {'bad minimum' if cell is None else cell}")
     results = {
-        "configuration": {**dataclasses.asdict(options), **dataclasses.asdict(recipe)},
+        "configuration": configuration(options),
         **report.environment(),
         "data": comparison.sizes,
         "parameters": comparison.parameters,
@@ -142,30 +146,25 @@ class _Comparison:
         fresh = self._trainer.fresh(options.seed)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(fresh["params"]))
 
-    def results_of(
-        self, seed: int, progress: Progress, part: TaskID
-    ) -> Iterator[tuple[Cell | None, Tree]]:
+    def results_of(self, seed: int, told: Steps) -> Iterator[tuple[Cell | None, Tree]]:
         """The notes on a seed's bad minimum, under None, and then the curves of all cells."""
         splits = self._source.splits(seed)
 
-        def on_epoch() -> None:
-            progress.advance(part)
-
         def minimum() -> Tree:
             variables, notes = training.find_bad_minimum(
-                self._trainer, self._recipe, splits, seed, on_epoch
+                self._trainer, self._recipe, splits, seed, told.end_part
             )
             return {"variables": variables, "notes": notes}
 
-        progress.reset(part, total=self._recipe.confusion_epochs, description="bad minimum")
+        told.begin_part("bad minimum", self._recipe.confusion_epochs, "epochs")
         start = kept(self._path("start", seed, AFTER_THE_START), minimum)
         yield None, start["notes"]
         for cell in cells(self._recipe):
             epochs = self._recipe.scratch_epochs if cell.method == SCRATCH else self._recipe.epochs
-            progress.reset(part, total=epochs, description=str(cell))
+            told.begin_part(str(cell), epochs, "epochs")
             name = cell.method + ("" if cell.rho is None else f"_{cell.rho}")
             path = self._path(name, seed, BESIDE_A_RUN)
-            make = functools.partial(self._curves, cell, seed, splits, start, on_epoch)
+            make = functools.partial(self._curves, cell, seed, splits, start, told.end_part)
             yield cell, kept(path, make)
 
     def _path(self, name: str, seed: int, indifferent: tuple[str, ...]) -> Path:

@@ -28,12 +28,12 @@ from monge_sam_jax.experiments.bench.measure import (
 )
 from monge_sam_jax.experiments.bench.models import MODELS, Problem
 from monge_sam_jax.experiments.bench.options import Bench
-from monge_sam_jax.experiments.bench.progress import steps
 from monge_sam_jax.experiments.bench.steps import METHODS, Carry
 from monge_sam_jax.experiments.bench.targets import mesh_of
 from monge_sam_jax.experiments.common import report
 from monge_sam_jax.experiments.common.errors import InputError
 from monge_sam_jax.experiments.common.placement import AXIS, Placement
+from monge_sam_jax.experiments.common.progress import steps
 
 COLLECTIVES = {
     "all_reduces": "all-\nreduce",
@@ -59,15 +59,18 @@ def compile_all(options: Bench, target: str) -> None:
     Raises:
       InputError: there is no such target here, or the output folder cannot be used.
     """
-    report.prepare_output(options.output)
     mesh = mesh_of(target)
     device = mesh.devices.flat[0]
     clock = "wall" if options.clock == "wall" else "cpu"
     shardings = options.sharding or (("data", "fsdp") if mesh.size > 1 else ("data",))
+    configuration = dataclasses.asdict(options) | {
+        "clock": clock,
+        "sharding": shardings if mesh.size > 1 else None,
+    }
+    report.prepare_output(options.output, configuration, options.overwrite, file="counts.json")
     console = Console()
     results: dict[str, Any] = {
-        "configuration": dataclasses.asdict(options)
-        | {"clock": clock, "sharding": shardings if mesh.size > 1 else None},
+        "configuration": configuration,
         **report.environment(),
         "target": {"kind": device.device_kind, "platform": device.platform, "count": mesh.size},
         "programs": [],

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from monge_sam_jax.experiments.common.errors import InputError
-from monge_sam_jax.experiments.common.options import check_seed, flag
+from monge_sam_jax.experiments.common.options import PRESET, check_seed, flag, of_preset
 
 MICROBATCHES = 4
 REFERENCES = ("plain", "two_gradients")
@@ -102,7 +102,8 @@ class Bench:
       effort: Of --compile-for. Compilers of TPUs take minutes for a step of a large model, with
         little a tenth of that: with the same collectives, other kernels and memory.
       output: Folder for results.json and benchmark.png, or with --compile-for for counts.json.
-        Those of an earlier run are overwritten.
+        Those of an earlier run with the same options are overwritten.
+      overwrite: Write over the results of other options, if the output folder has some.
     """
 
     models: tuple[Model, ...] = ("mlp", "deep_mlp", "resnet", "transformer")
@@ -116,7 +117,19 @@ class Bench:
     compile_for: str | None = None
     sharding: tuple[Sharding, ...] | None = None
     effort: Literal["full", "little"] = "full"
-    output: Path = Path("runs/bench")
+    output: Path = Path("runs/bench", PRESET)
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Resolves the default folder."""
+        object.__setattr__(self, "output", of_preset(self.output, self.resolved_preset))
+
+    @property
+    def resolved_preset(self) -> Preset:
+        """The preset that "auto" is."""
+        if self.preset == "auto":
+            return "gpu" if self.compile_for else "small"
+        return self.preset
 
     def check(self) -> None:
         """Raises an InputError where an option cannot be used."""
@@ -145,9 +158,7 @@ class Bench:
 
     def resolved(self) -> "Bench":
         """The same with what depends on other options."""
-        preset = self.preset
-        if preset == "auto":
-            preset = "gpu" if self.compile_for else "small"
+        preset = self.resolved_preset
         usual = 2 if preset == "small" and not self.compile_for else 1
         methods = self.methods or (FEW if preset == "tiny" else get_args(Method))
         compared = {*REFERENCES, *methods, *(BY_HAND.get(name) for name in methods)}

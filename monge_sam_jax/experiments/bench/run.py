@@ -31,11 +31,11 @@ from monge_sam_jax.experiments.bench.measure import (
 from monge_sam_jax.experiments.bench.models import MODELS
 from monge_sam_jax.experiments.bench.options import BY_HAND, Bench
 from monge_sam_jax.experiments.bench.plots import benchmark_figure
-from monge_sam_jax.experiments.bench.progress import steps
 from monge_sam_jax.experiments.bench.report import programs_table, times_table
 from monge_sam_jax.experiments.bench.steps import METHODS
 from monge_sam_jax.experiments.common import report
 from monge_sam_jax.experiments.common.errors import InputError
+from monge_sam_jax.experiments.common.progress import steps
 
 SECONDS = {"tiny": 0.02, "small": 0.4, "gpu": 0.5}  # that a measurement takes
 
@@ -66,10 +66,11 @@ def measure_all(options: Bench) -> None:
       InputError: the options do not fit the machine, or the output folder cannot be used.
     """
     clock = choose_clock(options)
-    report.prepare_output(options.output)
+    configuration = dataclasses.asdict(options) | {"clock": clock}
+    report.prepare_output(options.output, configuration, options.overwrite)
     console = Console()
     results: dict[str, Any] = {
-        "configuration": dataclasses.asdict(options) | {"clock": clock},
+        "configuration": configuration,
         **report.environment(),
         "machine": {"architecture": platform.machine(), "cores": usable_cores()},
         "measurements": [],

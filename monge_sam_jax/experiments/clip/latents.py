@@ -1,5 +1,6 @@
 """Figure 7: embeddings of two modalities without what tells them apart; also from a file."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from monge_sam_jax.alignment import clip_loss, mutual_knn_alignment
 from monge_sam_jax.experiments.clip.data import check_labels, load_arrays
+from monge_sam_jax.experiments.clip.options import Clip
 from monge_sam_jax.experiments.clip.plots import Panel, figure_7
 from monge_sam_jax.experiments.common import report
 from monge_sam_jax.experiments.common.errors import InputError
@@ -84,21 +86,24 @@ def panel(title: str, image: np.ndarray, text: np.ndarray, labels: np.ndarray | 
     )
 
 
-def evaluate_file(path: Path, k: int, output: Path) -> None:
+def evaluate_file(path: Path, options: Clip) -> None:
     """`monge-sam clip --embeddings`: writes results.json and figure7.png, and prints the numbers.
 
     Raises:
       InputError: the file or the output folder cannot be used.
     """
+    k, output = options.k, options.output
     try:
         image, text, labels, logit_scale = _read(path, k)
     except InputError as error:
         raise InputError(f"--embeddings {path}: {error}") from error
-    report.prepare_output(output)
+    configuration = dataclasses.asdict(options)
+    report.prepare_output(output, configuration, options.overwrite)
     drawn = panel(path.stem, image, text, labels)
     results = report.jsonable(
         {
             "embeddings": path,
+            "configuration": configuration,
             **report.environment(),
             **measure(image, text, k, logit_scale),
             "figure7": {"correlation": drawn.correlation, "explained": drawn.explained},

@@ -1,12 +1,17 @@
 """The options of `monge-sam clip`; light to import, so that the command line's help is quick."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from monge_sam_jax.experiments.common.errors import InputError
-from monge_sam_jax.experiments.common.options import check_seed, flag
+from monge_sam_jax.experiments.common.options import (
+    PRESET,
+    check_numbers,
+    check_seed,
+    flag,
+    of_preset,
+)
 
 PATCH = 4  # pixels along the side of a patch
 
@@ -81,7 +86,8 @@ class Clip:
       embeddings: Train nothing, but evaluate embeddings computed elsewhere: an .npz file with
         arrays image (n, d) and text (n, d), if wanted label (n,) and logit_scale, 100 by default.
       output: Folder for results.json, tables.md, figure7.png and mechanism.png, which are
-        overwritten, and for finished runs.
+        overwritten if they are of the same options, and for finished runs.
+      overwrite: Write over the results of other options, if the output folder has some.
     """
 
     preset: Literal["smoke", "default", "long"] = "default"
@@ -96,7 +102,12 @@ class Clip:
     data: Path | None = None
     image_size: int = 16
     embeddings: Path | None = None
-    output: Path = Path("runs/clip")
+    output: Path = Path("runs/clip", PRESET)
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Resolves the default folder."""
+        object.__setattr__(self, "output", of_preset(self.output, self.preset))
 
     @property
     def size(self) -> Preset:
@@ -113,10 +124,7 @@ class Clip:
         check_seed(self.seed)
         for name in ("sgd_rates", "adam_rates", "rho"):
             values = getattr(self, name)
-            if not all(math.isfinite(value) and value >= 0 for value in values):
-                raise InputError(
-                    f"{flag(name)} needs finite numbers that are not negative, got {values}"
-                )
+            check_numbers({name: values}, positive=name != "rho")
             if len(set(values)) < len(values):
                 raise InputError(f"{flag(name)} has a number twice: {values}")
         if self.image_size < PATCH or self.image_size % PATCH:

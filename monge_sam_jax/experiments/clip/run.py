@@ -30,6 +30,7 @@ from monge_sam_jax.experiments.clip.training import (
 )
 from monge_sam_jax.experiments.common import report
 from monge_sam_jax.experiments.common.kept import fingerprint, kept
+from monge_sam_jax.experiments.common.progress import steps
 
 
 def run(options: Clip) -> None:
@@ -43,7 +44,7 @@ def run(options: Clip) -> None:
     """
     options.check()
     if options.embeddings is not None:
-        evaluate_file(options.embeddings, options.k, options.output)
+        evaluate_file(options.embeddings, options)
     else:
         train(options)
 
@@ -57,7 +58,7 @@ def train(options: Clip) -> None:
     Raises:
       InputError: the data or the output folder cannot be used.
     """
-    report.prepare_output(options.output)
+    report.prepare_output(options.output, configuration(options), options.overwrite)
     results, panels = study(options)
     report.write_json(options.output / "results.json", results)
     tables = clip_report.markdown(results)
@@ -77,6 +78,11 @@ def train(options: Clip) -> None:
     )
 
 
+def configuration(options: Clip) -> dict[str, Any]:
+    """The options as they are in results.json."""
+    return dataclasses.asdict(options) | options.size._asdict()
+
+
 def study(options: Clip) -> tuple[dict[str, Any], list[Panel]]:
     """The content of results.json, and the panels of figure 7, of the first seed."""
     size, corpus = options.size, load(options, options.seed)
@@ -89,7 +95,7 @@ def study(options: Clip) -> tuple[dict[str, Any], list[Panel]]:
     params = _start(options, corpus, options.seed)
     panels = _panels(options, corpus, params, cells)
     results = {
-        "configuration": dataclasses.asdict(options) | size._asdict(),
+        "configuration": configuration(options),
         **report.environment(),
         "data": {
             "name": "generated" if options.data is None else options.data.name,
@@ -121,25 +127,25 @@ def _train_all(options: Clip, corpus: Corpus) -> list[dict[str, Any]]:
     """The records of every cell from all seeds, behind a progress bar."""
     size = options.size
     cells = [{**cell._asdict(), "seeds": []} for cell in grid(options)]
-    with report.progress_bar() as progress:
-        bar = progress.add_task("", total=size.seeds * (1 + len(cells)))
+    with steps("", size.seeds * (1 + len(cells)), unit="runs") as told:
         for seed in range(options.seed, options.seed + size.seeds):
-            progress.update(bar, description=f"seed {seed}, pre-training")
+            told.begin(f"seed {seed}, pre-training")
             if options.data is None and seed > options.seed:
                 corpus = load(options, seed)
             params = _start(options, corpus, seed)
             folder = _folder(options, corpus)
-            progress.advance(bar)
+            told.end(f"seed {seed}: pre-trained")
             for entry, cell in zip(cells, grid(options), strict=True):
                 label = f"seed {seed}, {clip_report.LABELS[cell.method]}"
-                progress.update(bar, description=label)
+                told.begin(label)
                 curves = kept(
                     folder / f"{_name(cell)}_seed{seed}.npz",
                     functools.partial(record, cell, params, corpus, options, seed),
                 )
                 lists = {name: curve.tolist() for name, curve in curves.items()}
                 entry["seeds"].append({"seed": seed, **lists})
-                progress.advance(bar)
+                radius = "" if cell.rho is None else f", rho {cell.rho:g}"
+                told.end(f"{label}, learning rate {cell.learning_rate:g}{radius}")
     return cells
 
 

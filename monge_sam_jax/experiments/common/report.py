@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,36 @@ import flax
 import jax
 import numpy as np
 import optax
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 import monge_sam_jax
 from monge_sam_jax.experiments.common.errors import InputError
+from monge_sam_jax.experiments.common.options import flag
+
+RESULTS = "results.json"
+PLACES = ("output", "overwrite")  # options that decide nothing but where results go
 
 
-def prepare_output(folder: Path) -> None:
+def prepare_output(
+    folder: Path,
+    configuration: Mapping[str, Any],
+    overwrite: bool,
+    *,
+    file: str = RESULTS,
+    indifferent: Collection[str] = (),
+    name_of: Callable[[str], str] = flag,
+) -> None:
     """Makes the folder before the work, which an error after it would waste.
 
+    Args:
+      folder: of the results.
+      configuration: what will be written into them under that name.
+      overwrite: whether results of another configuration may be overwritten.
+      file: that holds the results.
+      indifferent: entries of the configuration that may differ, beside `PLACES`.
+      name_of: what the user calls an entry.
+
     Raises:
-      InputError: the folder cannot be made or written to.
+      InputError: the folder cannot be made or written to, or has results of another configuration.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -32,12 +50,33 @@ def prepare_output(folder: Path) -> None:
         raise InputError(f"--output {folder}: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         raise InputError(f"--output {folder}: no permission to write")
+    if overwrite or not (folder / file).exists():
+        return
+    advice = "--overwrite writes over them, another --output keeps them"
+    try:
+        earlier = json.loads((folder / file).read_text(encoding="utf-8"))["configuration"]
+        names = sorted({*earlier, *configuration} - {*PLACES, *indifferent})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--output {folder}: its {file} does not say of what options it has results; {advice}"
+        ) from error
+    present = jsonable(configuration)
+    differ = [
+        f"{name_of(name)} (was {_typed(earlier.get(name))}, is {_typed(present.get(name))})"
+        for name in names
+        if earlier.get(name) != present.get(name)
+    ]
+    if differ:
+        raise InputError(
+            f"--output {folder}: its {file} has results of other options, which differ in "
+            f"{', '.join(differ)}; {advice}"
+        )
 
 
-def progress_bar(*, disable: bool = False) -> Progress:
-    """Bars on standard error that count, tell the time, and vanish in the end."""
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=disable)
+def _typed(value: Any) -> str:
+    if value in (None, []):
+        return "the default"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def summarise(seeds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float | None]]:

@@ -18,13 +18,16 @@ class Figures:
         /,
         *,
         output: Path = Path("runs/figures"),
+        overwrite: bool = False,
     ) -> None:
         """Takes the options.
 
         Args:
           numbers: Which figures; all of them if none is given.
           output: Folder for figure_1.png to figure_5.png and figures.json, the numbers behind them.
-            Those of an earlier run are overwritten.
+            Those of an earlier run of the same figures are overwritten.
+          overwrite: Write over those of other figures, if the output folder has some.
         """
         self.numbers = tuple(sorted(set(numbers))) or (1, 2, 3, 4, 5)
         self.output = output
+        self.overwrite = overwrite

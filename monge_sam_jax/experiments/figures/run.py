@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from monge_sam_jax.experiments.common import report
+from monge_sam_jax.experiments.common.progress import steps
 from monge_sam_jax.experiments.figures.analysis import figure_3, figure_4
 from monge_sam_jax.experiments.figures.options import Figures
 from monge_sam_jax.experiments.figures.trajectories import Result, Row, figure_1, figure_2, figure_5
@@ -25,15 +26,25 @@ def run(options: Figures) -> None:
     Raises:
       InputError: the output folder cannot be used.
     """
-    report.prepare_output(options.output)
+    configuration = {"numbers": options.numbers}
+    report.prepare_output(
+        options.output,
+        configuration,
+        options.overwrite,
+        file="figures.json",
+        name_of=lambda name: f"the {name} of the figures",
+    )
     console = Console()
     figures = {}
-    for number in options.numbers:
-        result = draw(number)
-        result.figure.savefig(options.output / f"figure_{number}.png")
-        figures[str(number)] = {"setting": result.setting, "rows": result.rows}
-        console.print(_table(f"Figure {number}: {result.setting}", result.rows))
-    content = {**report.environment(), "figures": figures}
+    with steps("", len(options.numbers), unit="figures") as told:
+        for number in options.numbers:
+            told.begin(f"figure {number}")
+            result = draw(number)
+            result.figure.savefig(options.output / f"figure_{number}.png")
+            figures[str(number)] = {"setting": result.setting, "rows": result.rows}
+            console.print(_table(f"Figure {number}: {result.setting}", result.rows))
+            told.end(f"figure {number} is drawn")
+    content = {"configuration": configuration, **report.environment(), "figures": figures}
     report.write_json(options.output / "figures.json", content)
     pictures = ", ".join(f"figure_{number}.png" for number in options.numbers)
     console.print(f"Wrote figures.json, {pictures} to {options.output}", soft_wrap=True)

@@ -1,12 +1,11 @@
 """The options of `monge-sam quality`; light to import, so that the command line's help is quick."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Literal
 
 from monge_sam_jax.experiments.common.errors import InputError
-from monge_sam_jax.experiments.common.options import flag
+from monge_sam_jax.experiments.common.options import check_numbers, check_seed, flag
 
 RADII = {"bad-minimum": (0.1, 0.5, 2.0, 4.0), "label-noise": (0.05, 0.1, 0.2, 0.5)}
 
@@ -31,8 +30,9 @@ class Quality:
       width: Units of a hidden layer.
       epochs: Passes over the training set.
       confusion_epochs: Passes over the spoilt copies, for bad-minimum.
-      output: Folder for results.json, quality.md and quality.png. Those of an earlier run are
-        overwritten.
+      output: Folder for results.json, quality.md and quality.png. Those of an earlier run
+        with the same options are overwritten.
+      overwrite: Write over the results of other options, if the output folder has some.
     """
 
     tasks: tuple[Literal["bad-minimum", "label-noise"], ...] = ("bad-minimum", "label-noise")
@@ -43,6 +43,7 @@ class Quality:
     epochs: int = 400
     confusion_epochs: int = 150
     output: Path = Path("runs/quality")
+    overwrite: bool = False
 
     def radii(self, task: str) -> tuple[float, ...]:
         """Those that were given, or the task's own."""
@@ -52,10 +53,8 @@ class Quality:
         """Raises an InputError where an option cannot be used."""
         if not self.tasks:
             raise InputError("--tasks needs at least one name")
-        if not all(math.isfinite(rho) and rho >= 0 for rho in self.rho):
-            raise InputError(f"--rho needs finite numbers that are not negative, got {self.rho}")
+        check_numbers({"rho": self.rho})
         for name in ("seeds", "width", "epochs", "confusion_epochs"):
             if getattr(self, name) < 1:
                 raise InputError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise InputError(f"--seed must not be negative, got {self.seed}")
+        check_seed(self.seed)

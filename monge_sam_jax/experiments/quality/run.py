@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from monge_sam_jax.experiments.common import report
+from monge_sam_jax.experiments.common.progress import steps
 from monge_sam_jax.experiments.quality import training
 from monge_sam_jax.experiments.quality.options import Quality
 from monge_sam_jax.experiments.quality.plots import quality_figure
@@ -25,7 +26,7 @@ def run(options: Quality) -> None:
       InputError: an option, or the output folder, cannot be used.
     """
     options.check()
-    report.prepare_output(options.output)
+    report.prepare_output(options.output, dataclasses.asdict(options), options.overwrite)
     results = compare(options)
     report.write_json(options.output / "results.json", results)
     tables = markdown(results)
@@ -41,35 +42,36 @@ def run(options: Quality) -> None:
 def compare(options: Quality) -> dict[str, Any]:
     """The content of results.json: for every task, method and radius a curve for every seed."""
     tasks: dict[str, Any] = {}
-    with report.progress_bar() as progress:
-        bar = progress.add_task(
-            "",
-            total=sum(options.seeds * (1 + len(_cells(options, task))) for task in options.tasks),
-        )
+    total = sum(options.seeds * (1 + len(_cells(options, task))) for task in options.tasks)
+    with steps("", total, unit="runs") as told:
         for task in options.tasks:
             cells = _cells(options, task)
             curves: dict[tuple[str, float | None], list[list[float]]] = {cell: [] for cell in cells}
             starts = []
             for seed in range(options.seed, options.seed + options.seeds):
-                progress.update(bar, description=f"{task}, seed {seed}")
+                label = f"{task}, seed {seed}"
+                told.begin(label)
                 problem = TASKS[task](seed, options.width, options.confusion_epochs)
                 starts.append(problem.notes)
-                progress.advance(bar)
+                told.end(f"{label}: the start is found")
                 for name, rho in cells:
                     curve = training.learn(problem, name, rho, options.epochs, seed)
                     curves[name, rho].append(curve)
-                    progress.advance(bar)
-            steps = training.evaluation_steps(options.epochs, len(problem.train.y))
+                    radius = "" if rho is None else f", rho = {rho:g}"
+                    told.end(
+                        f"{label}: {METHODS[name].label}{radius} ends with {curve[-1]:.1f} % right"
+                    )
+            evaluated = training.evaluation_steps(options.epochs, len(problem.train.y))
             tasks[task] = {
                 "rho": options.radii(task),
                 "starts": starts,
-                "steps": steps,
+                "steps": evaluated,
                 "runs": [
                     {
                         "method": name,
                         "label": METHODS[name].label,
                         "rho": rho,
-                        "gradients": [METHODS[name].gradients * step for step in steps],
+                        "gradients": [METHODS[name].gradients * step for step in evaluated],
                         "test_accuracy": curves[name, rho],
                         "at_equal_gradients": _at(curves[name, rho], METHODS[name].gradients),
                         "at_equal_steps": _at(curves[name, rho], 1),

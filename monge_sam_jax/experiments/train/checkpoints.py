@@ -24,7 +24,16 @@ PREFIX = "epoch"
 LARGEST_SHARE = 0.05  # of the time, where the user does not say how often
 
 # Options that a resumed run may change: they do not decide what is computed.
-FREE = {"output", "checkpoint_every", "resume", "distributed", "sharding", *PROCESS_OPTIONS}
+FREE = {
+    "output",
+    "tensorboard",
+    "overwrite",
+    "checkpoint_every",
+    "resume",
+    "distributed",
+    "sharding",
+    *PROCESS_OPTIONS,
+}
 
 # By optimizer, and for each seed: its final metrics, its curves and its times.
 Records: TypeAlias = dict[str, list[dict[str, Any]]]

@@ -15,9 +15,17 @@ from monge_sam_jax.experiments.common.data import Dataset
 from monge_sam_jax.experiments.common.errors import InputError
 from monge_sam_jax.experiments.common.placement import make_placement
 from monge_sam_jax.experiments.common.plots import LABELS
+from monge_sam_jax.experiments.common.progress import Steps, steps
 from monge_sam_jax.experiments.common.task import Task
+from monge_sam_jax.experiments.train import outputs
 from monge_sam_jax.experiments.train.agreement import agreed
-from monge_sam_jax.experiments.train.checkpoints import Checkpoints, Records, Stage, fingerprint
+from monge_sam_jax.experiments.train.checkpoints import (
+    FREE,
+    Checkpoints,
+    Records,
+    Stage,
+    fingerprint,
+)
 from monge_sam_jax.experiments.train.data import load
 from monge_sam_jax.experiments.train.models import MODELS
 from monge_sam_jax.experiments.train.options import Train
@@ -35,7 +43,7 @@ from monge_sam_jax.experiments.train.training import (
 
 
 def run(options: Train) -> None:
-    """Trains, writes results.json and training.png, and prints the table.
+    """Trains, writes the results and the final params, and prints the table.
 
     Of several processes, the first one alone writes and prints.
 
@@ -54,9 +62,17 @@ def run(options: Train) -> None:
         return
     report.write_json(options.output / "results.json", results)
     training_figure(results).savefig(options.output / "training.png")
+    records = {name: entry["seeds"] for name, entry in results["optimizers"].items()}
+    outputs.write_epochs(options.output, records)
+    if options.tensorboard:
+        outputs.write_events(options.output, records)
     console = Console()
     console.print(results_table(results))
-    console.print(f"Wrote results.json and training.png to {options.output}", soft_wrap=True)
+    console.print(
+        f"Wrote results.json, training.png, {outputs.EPOCHS} and {outputs.PARAMS}/ to "
+        f"{options.output}",
+        soft_wrap=True,
+    )
 
 
 def prepare(options: Train) -> Dataset:
@@ -68,8 +84,22 @@ def prepare(options: Train) -> Dataset:
             f"--batch-size {options.batch_size} cannot be divided among {devices} devices"
         )
     if jax.process_index() == 0:
-        report.prepare_output(options.output)
+        report.prepare_output(
+            options.output,
+            configuration(options),
+            options.overwrite or options.resume,  # what is resumed the checkpoints tell
+            indifferent=FREE,
+        )
+        if options.tensorboard:
+            outputs.event_writer()
+        if not options.resume:
+            outputs.forget_params(options.output)
     return dataset
+
+
+def configuration(options: Train) -> dict[str, Any]:
+    """The options as they are in results.json."""
+    return dataclasses.asdict(options) | {"learning_rate": options.base_learning_rate}
 
 
 def compare(options: Train, dataset: Dataset) -> dict[str, Any]:
@@ -87,8 +117,7 @@ def compare(options: Train, dataset: Dataset) -> dict[str, Any]:
     records = _train_all(options, task)
     labels = LABELS | {"sgd": BASE_LABELS[options.base]}
     results = {
-        "configuration": dataclasses.asdict(options)
-        | {"learning_rate": options.base_learning_rate},
+        "configuration": configuration(options),
         **report.environment(),
         "data": {
             "name": "Handwritten digits" if options.data is None else options.data.name,
@@ -138,18 +167,22 @@ def _train_from(
     optimizers: Mapping[str, Optimizer],
     checkpoints: Checkpoints,
 ) -> Records:
-    """Trains behind a progress bar, one seed after the other."""
-    with report.progress_bar(disable=jax.process_index() > 0) as progress:
-        bar = progress.add_task(
-            "compiling",
-            total=options.seeds * options.epochs * len(optimizers),
-            completed=checkpoints.epochs_behind(stage) * len(optimizers),
-        )
+    """Trains one seed after the other, and tells of it."""
+    behind = checkpoints.epochs_behind(stage)
+    with steps(
+        "",
+        options.seeds * options.epochs,
+        completed=behind,
+        unit="epochs",
+        silent=jax.process_index() > 0,
+    ) as told:
+        told.begin("compiling")
         compile_steps(task, optimizers, options.batch_size)
         for seed in range(stage.seed, options.seed + options.seeds):
-            progress.update(bar, description=f"seed {seed}")
+            told.begin(f"seed {seed}")
             if seed > stage.seed:
                 stage = Stage(seed, begin(optimizers, seed), stage.records)
+            told.begin_part("", len(optimizers), "optimizers")
             train(
                 task,
                 optimizers,
@@ -157,11 +190,22 @@ def _train_from(
                 seed=seed,
                 epochs=options.epochs,
                 batch_size=options.batch_size,
-                on_turn=lambda: progress.advance(bar),
-                on_epoch=functools.partial(checkpoints.save_if_due, stage),
+                on_turn=told.end_part,
+                on_epoch=functools.partial(_end_epoch, stage, told, checkpoints),
             )
             _record(stage, task, options.sharpness_rho)
+            for name, run in stage.runs.items():
+                outputs.write_params(options.output, name, seed, run.variables)
     return stage.records
+
+
+def _end_epoch(stage: Stage, told: Steps, checkpoints: Checkpoints) -> None:
+    losses = {name: run.curves["train_loss"][-1] for name, run in stage.runs.items()}
+    epoch = min(len(run.seconds_per_step) for run in stage.runs.values())
+    listed = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
+    told.end(f"seed {stage.seed}, epoch {epoch}: train loss {listed}", min(losses.values()))
+    told.begin_part("", len(stage.runs), "optimizers")
+    checkpoints.save_if_due(stage)
 
 
 def _record(stage: Stage, task: Task, sharpness_rho: float) -> None:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from monge_sam_jax.experiments.train.options import Train
 
 HEARTBEAT_SECONDS = 15
 JOINING_SECONDS = 120
+PATIENCE_SECONDS = 3
 RESUME = "start all processes again with --resume to go on from the last checkpoint"
 
 
@@ -43,14 +44,32 @@ def supervise(options: Train) -> None:
         log = Path(folder) / "log"
         reader, writer = context.Pipe(duplex=False)
         process = context.Process(target=_work, args=(options, writer, log), daemon=True)
-        process.start()
+        with _deaf_to_interrupts():
+            process.start()
         writer.close()
-        process.join()
+        try:
+            process.join()
+        finally:
+            process.kill()  # where Ctrl-C ended the wait; its peers find out
+            process.join()
         with contextlib.suppress(EOFError):  # nothing was sent
             raise reader.recv()
         if process.exitcode is not None and process.exitcode < 0:
             raise LostProcessError(_reason(process.exitcode, log.read_text(errors="replace")))
         sys.exit(process.exitcode)
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Ctrl-C reaches all processes of a terminal; a child that is started here ignores it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _reason(exitcode: int, log: str) -> str:
@@ -100,9 +119,27 @@ def _run(command: Callable[[Train], None], options: Train) -> None:
     jax.distributed.shutdown()
 
 
+def _say_that_it_waits(options: Train) -> threading.Timer:
+    """Begins to wait for the others; process 0 says so, if they do not come soon."""
+
+    def say() -> None:
+        print(
+            f"monge-sam: process 0 waits for the others, for up to {JOINING_SECONDS} seconds",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    timer = threading.Timer(PATIENCE_SECONDS, say)
+    timer.daemon = True
+    if _number(options.process_id, "JAX_PROCESS_ID") == 0:
+        timer.start()
+    return timer
+
+
 def _join(options: Train) -> None:
     import jax
 
+    timer = _say_that_it_waits(options)
     try:
         jax.distributed.initialize(
             options.coordinator_address,
@@ -116,6 +153,8 @@ def _join(options: Train) -> None:
             f"--distributed: {error} (--coordinator-address, --num-processes and --process-id, or "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, say where to join)"
         ) from error
+    finally:
+        timer.cancel()
 
 
 def _number(option: int | None, variable: str) -> int | None:

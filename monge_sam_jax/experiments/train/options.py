@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from monge_sam_jax.experiments.common.errors import InputError
-from monge_sam_jax.experiments.common.options import check_seed, flag
+from monge_sam_jax.experiments.common.options import check_numbers, check_seed, flag
 
 LEARNING_RATES = {"sgd": 0.05, "adam": 0.001, "adamw": 0.001}
 PROCESS_OPTIONS = ("coordinator_address", "num_processes", "process_id")
@@ -51,8 +51,12 @@ class Train:
         shifted and scaled to mean zero and variance one on the training set: each feature of a
         table (n, features), each channel of (n, height, width, channels), and all values together
         of (n, height, width).
-      output: Folder for results.json, training.png and the last two checkpoints. Those of an
-        earlier run are overwritten.
+      output: Folder for results.json, training.png, epochs.csv (all that was logged, by epoch), the
+        final params of every run (params/OPTIMIZER_seedN.msgpack, for Flax) and the last two
+        checkpoints. Those of an earlier run with the same options are overwritten.
+      overwrite: Write over the results of other options, if the output folder has some.
+      tensorboard: Write all of epochs.csv for TensorBoard too, into the folder tensorboard. Needs
+        the package tensorboardX, or PyTorch.
       checkpoint_every: Epochs from one checkpoint to the next, 0 for none. By default there is one
         after each epoch, but no more than take a twentieth of the time.
       resume: Go on from the last checkpoint in the output folder. The results are those of a run
@@ -90,6 +94,8 @@ class Train:
     sharpness_rho: float = 0.1
     data: Path | None = None
     output: Path = Path("runs/digits")
+    overwrite: bool = False
+    tensorboard: bool = False
     checkpoint_every: int | None = None
     resume: bool = False
     sharding: Literal["data", "fsdp"] | None = None
@@ -121,10 +127,8 @@ class Train:
             if (count := getattr(self, name)) < 1:
                 raise InputError(f"{flag(name)} must be at least 1, got {count}")
         check_seed(self.seed)
-        for name in ("rho", "alpha", "learning_rate", "sharpness_rho"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{flag(name)} must be finite and not negative, got {value}")
+        check_numbers({"learning_rate": self.learning_rate}, positive=True)
+        check_numbers({name: getattr(self, name) for name in ("rho", "alpha", "sharpness_rho")})
         if self.checkpoint_every is not None and self.checkpoint_every < 0:
             raise InputError(f"--checkpoint-every must be at least 0, got {self.checkpoint_every}")
         if self.perturbation == "per-shard" and self.layout is None:
