@@ -920,7 +920,9 @@ def test_help_explains_every_option(capsys):
 
 def test_a_missing_extra_is_named_in_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tyro", None)
-    assert "tyro is missing; pip install 'monge_sam_jax[cli]'" in error_line(capsys)
+    line = error_line(capsys)
+    assert "tyro is missing; pip install 'monge_sam_jax[cli]'" in line
+    assert "in a clone: pip install -e '.[cli]'" in line
 
 
 def test_help_waits_for_no_heavy_import():
