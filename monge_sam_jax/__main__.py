@@ -11,7 +11,11 @@ import monge_sam_jax
 from monge_sam_jax.experiments.bad_minimum.options import BadMinimum
 from monge_sam_jax.experiments.bench.options import Bench
 from monge_sam_jax.experiments.clip.options import Clip
-from monge_sam_jax.experiments.common.errors import InputError, LostProcessError
+from monge_sam_jax.experiments.common.errors import (
+    InputError,
+    LostProcessError,
+    installing,
+)
 from monge_sam_jax.experiments.figures.options import Figures
 from monge_sam_jax.experiments.quality.options import Quality
 from monge_sam_jax.experiments.train.options import Train
@@ -69,10 +73,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("matplotlib", "orbax", "rich", "sklearn", "tyro"):
             raise
-        _fail(
-            f"{error.name} is missing; pip install 'monge_sam_jax[cli]', or in a clone: "
-            "pip install -e '.[cli]'"
-        )
+        _fail(f"{error.name} is missing; {installing('cli')}")
 
 
 def run(options: Any) -> None:

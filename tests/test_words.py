@@ -1,6 +1,7 @@
 """What the command line says: help, slips, and what is missing."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,10 @@ import pytest
 
 import monge_sam_jax
 from monge_sam_jax.__main__ import COMMANDS, main
+from monge_sam_jax.experiments.bad_minimum.options import PRESETS as BAD_MINIMUM
+from monge_sam_jax.experiments.bench.options import SIZES
+from monge_sam_jax.experiments.clip.options import PRESETS as CLIP
+from monge_sam_jax.experiments.quality.options import RADII
 
 WIDTH = 80
 
@@ -65,3 +70,30 @@ def test_a_slip_in_an_option_is_answered_with_this_commands_own(capsys):
     text = spoken(capsys, "train", "--epchs", "3", code=2)
     assert "--epochs INT" in text
     assert "quality" not in text
+
+
+def leaves(value):
+    """The numbers and names in a table of presets."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return (
+        [leaf for part in value for leaf in leaves(part)] if isinstance(value, tuple) else [value]
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "presets"),
+    [
+        ("bench", SIZES),
+        ("bad-minimum", {name: vars(recipe) for name, recipe in BAD_MINIMUM.items()}),
+        ("clip", CLIP),
+        ("quality", {"radii": RADII}),
+    ],
+)
+def test_help_has_the_values_of_presets(command, presets, capsys):
+    text = spoken(capsys, command, "--help")
+    for name, preset in presets.items():
+        (line,) = re.findall(rf"^(?:Preset|Default) {name}: (.*)\.$", text, re.M)
+        words = re.split(r"[ ,()]+", line)
+        for leaf in leaves(preset):
+            assert (f"{leaf:g}" if isinstance(leaf, float) else str(leaf)) in words

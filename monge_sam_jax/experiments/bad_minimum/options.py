@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from monge_sam_jax.experiments.common.errors import InputError
-from monge_sam_jax.experiments.common.options import check_seed, flag
+from monge_sam_jax.experiments.common.options import check_seed, flag, presets_in_help
 
 Data: TypeAlias = Literal["digits", "cifar10"]
 Model: TypeAlias = Literal["mlp", "resnet", "resnet18"]
@@ -77,6 +77,7 @@ PRESETS: dict[Preset, Recipe] = {
 }
 
 
+@presets_in_help(PRESETS)
 @dataclasses.dataclass(frozen=True)
 class BadMinimum:
     """Fine-tune from a bad global minimum with SGD, SAM and M-SAM (figure 6 of the paper).
