@@ -9,9 +9,12 @@ import pytest
 
 import monge_sam_jax
 from monge_sam_jax.__main__ import COMMANDS, main
+from monge_sam_jax.experiments.bad_minimum.claims import claims as bad_minimum_claims
 from monge_sam_jax.experiments.bad_minimum.options import PRESETS as BAD_MINIMUM
 from monge_sam_jax.experiments.bench.options import SIZES
+from monge_sam_jax.experiments.clip import report as clip_report
 from monge_sam_jax.experiments.clip.options import PRESETS as CLIP
+from monge_sam_jax.experiments.common import report
 from monge_sam_jax.experiments.quality.options import RADII
 
 WIDTH = 80
@@ -97,3 +100,51 @@ def test_help_has_the_values_of_presets(command, presets, capsys):
         words = re.split(r"[ ,()]+", line)
         for leaf in leaves(preset):
             assert (f"{leaf:g}" if isinstance(leaf, float) else str(leaf)) in words
+
+
+CLAIMS = [{"claim": "a is b", "measured": "+1.0 ± 0.1", "verdict": "yes"}]
+HEADERS = {"claim": "claim", "verdict": "holds?", "measured": "by count"}
+
+
+@pytest.mark.parametrize(
+    ("configuration", "reason"),
+    [
+        ({"preset": "smoke", "seeds": 5}, "No verdicts: preset smoke shows"),
+        ({"preset": "digits", "seeds": 2}, "No verdicts from 2 seeds: they need at least 3."),
+        ({"seeds": 1}, "No verdicts from 1 seed: they need at least 3."),
+    ],
+)
+def test_too_little_is_not_judged(configuration, reason):
+    claims = report.without_verdicts(CLAIMS, configuration)
+    assert claims == [CLAIMS[0] | {"verdict": None}]
+    lines = report.claims_table({"configuration": configuration, "claims": claims}, HEADERS)
+    assert lines[0].startswith(reason)
+    assert lines[2:] == ["| claim | by count |", "|---|---|", "| a is b | +1.0 ± 0.1 |"]
+
+
+def test_enough_is_judged():
+    configuration = {"preset": "default", "seeds": 3}
+    claims = report.without_verdicts(CLAIMS, configuration)
+    assert claims == CLAIMS
+    lines = report.claims_table({"configuration": configuration, "claims": claims}, HEADERS)
+    assert lines[-1] == "| a is b | yes | +1.0 ± 0.1 |"
+    assert len(lines) == 3
+
+
+def same_runs(rho):
+    """Results of bad-minimum in which no radius differs from another."""
+    final = {"test_accuracy": 50.0, "validation_accuracy": 50.0, "train_accuracy": 100.0}
+    final["lowest_train_accuracy"] = 100.0
+    curves = {n: [1.0, 2.0] for n in ("grad_norm", "perturbation_norm", "test_accuracy")}
+    seeds = [{"final": final, "curves": curves}] * 3
+    cells = [("scratch", None), ("sgd", None), *((m, r) for r in rho for m in ("sam", "monge_sam"))]
+    runs = [{"method": method, "rho": radius, "seeds": seeds} for method, radius in cells]
+    return {"configuration": {"rho": rho, "seeds": 3}, "runs": runs}
+
+
+@pytest.mark.parametrize("rho", [[0.1], [0.1, 2.0]])
+def test_runs_that_are_the_same_make_no_claim(rho):
+    found = [claim["claim"] for claim in bad_minimum_claims(same_runs(rho))]
+    assert not [claim for claim in found if "better minimum" in claim or "larger rho" in claim]
+    assert len(found) == 7
+    assert clip_report._compare("", [0.1, 0.2, 0.3], [0.1, 0.2, 0.3]) is None

@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from monge_sam_jax.experiments.common import report
 from monge_sam_jax.experiments.train.training import Run
 
 BASE_LABELS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
@@ -21,6 +22,8 @@ COLUMNS: dict[str, tuple[str, float]] = {
     "seconds_per_step": ("time per step (ms)", 1000),
     "ratio_to_sgd": ("time / {base}'s", 1),
 }
+
+_OVERHEADS = " Small steps are bound by overheads; monge-sam bench measures larger models."
 
 
 def final_metrics(
@@ -64,11 +67,14 @@ def results_table(results: Mapping[str, Any]) -> Table:
         collapse_padding=True,
         title=(
             f"{results['data']['name']}: {configuration['model']}, base optimizer {base}, "
-            f"{_count(configuration['epochs'], 'epoch')}, {_count(configuration['seeds'], 'seed')}"
+            f"{report.count(configuration['epochs'], 'epoch')}, "
+            f"{report.count(configuration['seeds'], 'seed')}"
         ),
         caption=(
             f"{errors}Sharpness: rise of the training loss at distance "
             f"{configuration['sharpness_rho']:g} along its gradient."
+            + _OVERHEADS
+            * ("sgd" in results["optimizers"])
         ),
     )
     table.add_column("optimizer", no_wrap=True)
@@ -109,7 +115,3 @@ def format_estimate(mean: float, error: float | None) -> str:
         return f"{mean:.2e}\n±{error:.1e}"
     decimals = max(0, 1 - math.floor(math.log10(error)))
     return f"{mean:.{decimals}f}\n±{error:.{decimals}f}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
