@@ -5,12 +5,14 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import monge_sam_jax
 from monge_sam_jax.__main__ import COMMANDS, main
 from monge_sam_jax.experiments.bad_minimum.claims import claims as bad_minimum_claims
 from monge_sam_jax.experiments.bad_minimum.options import PRESETS as BAD_MINIMUM
+from monge_sam_jax.experiments.bench import report as bench_report
 from monge_sam_jax.experiments.bench.options import SIZES
 from monge_sam_jax.experiments.clip import report as clip_report
 from monge_sam_jax.experiments.clip.options import PRESETS as CLIP
@@ -148,3 +150,28 @@ def test_runs_that_are_the_same_make_no_claim(rho):
     assert not [claim for claim in found if "better minimum" in claim or "larger rho" in claim]
     assert len(found) == 7
     assert clip_report._compare("", [0.1, 0.2, 0.3], [0.1, 0.2, 0.3]) is None
+
+
+@pytest.mark.parametrize(
+    ("arrays", "found"),
+    [
+        ({"images": np.zeros((5, 2)), "y": np.zeros(5, int)}, "found images (5, 2), y (5,), exp"),
+        ({}, "found no arrays, expected an .npz file with numbers x (n, ...) and integer labels y"),
+        ({f"a{i}": np.zeros(1) for i in range(10)}, "a7 (1,), 2 more, expected"),
+    ],
+)
+def test_a_wrong_data_file_is_told_what_was_found(arrays, found, tmp_path, capsys):
+    np.savez(tmp_path / "d.npz", **arrays)
+    assert found in spoken(capsys, "train", "--data", str(tmp_path / "d.npz"), code=2)
+
+
+def test_a_table_in_text_is_told_how_to_save_arrays(tmp_path, capsys):
+    (tmp_path / "x.csv").write_text("x,y\n1,2\n")
+    text = spoken(capsys, "train", "--data", str(tmp_path / "x.csv"), code=2)
+    assert "np.savez(path, x=x, y=y)" in text
+    assert text.count("\n") == 1
+
+
+def test_times_of_a_benchmark_have_the_same_decimals():
+    assert bench_report._alike([0.0451, 0.12, 1.0]) == ["0.0451", "0.1200", "1.0000"]
+    assert bench_report._alike([123.4, 1000.0]) == ["123", "1000"]

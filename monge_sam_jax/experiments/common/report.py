@@ -155,3 +155,13 @@ def claims_table(results: Mapping[str, Any], headers: Mapping[str, str]) -> list
         "|---" * len(keys) + "|",
         *(f"| {' | '.join(claim[key] for key in keys)} |" for claim in results["claims"]),
     ]
+
+
+def decimals(value: float, digits: int) -> int:
+    """After the point, so that the value has so many significant digits, of those before it too.
+
+    >>> decimals(0.0957, 2), decimals(97.64, 3), decimals(1234.0, 3), decimals(0.0, 3)
+    (3, 1, 0, 2)
+    """
+    exponent = math.floor(math.log10(abs(value))) if value else 0
+    return max(0, digits - 1 - exponent)
