@@ -1,18 +1,25 @@
 """The command `monge-sam`."""
 
+import difflib
 import functools
 import importlib
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
+import monge_sam_jax
 from monge_sam_jax._core import interruption
 from monge_sam_jax.experiments.bad_minimum.options import BadMinimum
 from monge_sam_jax.experiments.bench.options import Bench
 from monge_sam_jax.experiments.clip.options import Clip
-from monge_sam_jax.experiments.common.errors import InputError, LostProcessError
+from monge_sam_jax.experiments.common.errors import (
+    InputError,
+    LostProcessError,
+    installing,
+)
 from monge_sam_jax.experiments.figures.options import Figures
 from monge_sam_jax.experiments.quality.options import Quality
 from monge_sam_jax.experiments.train.options import Train
@@ -84,20 +91,26 @@ def main(args: Sequence[str] | None = None) -> None:
       args: what comes after the program's name; None takes it from the process.
 
     Raises:
-      SystemExit: after one line on stderr, with code 2 where options or data cannot be used, and 3
-        where a process of a distributed run is gone, and 130 where Ctrl-C interrupts.
+      SystemExit: after help or the version, with code 0; after one line on stderr, with code 2
+        where options or data cannot be used, 3 where a process of a distributed run is gone, and
+        130 where Ctrl-C interrupts.
     """
+    first, *rest = (sys.argv[1:] if args is None else args) or ("",)
+    if first in ("-h", "--help"):
+        print(_overview())
+        sys.exit(0)
+    if first == "--version":
+        print("monge-sam", monge_sam_jax.__version__)
+        sys.exit(0)
+    if first not in COMMANDS:
+        _fail(_not_a_command(first))
     kept: Callable[[], str] = lambda: interruption.BEFORE_THE_WORK  # noqa: E731
     try:
         import tyro
 
-        options = tyro.extras.subcommand_cli_from_dict(
-            {name: command.options for name, command in COMMANDS.items()},
-            prog="monge-sam",
-            description="Sharpness-aware training in JAX.",
-            args=args,
-        )
-        kept = functools.partial(command_of(options).kept, options.output)
+        command = COMMANDS[first]
+        options = tyro.cli(command.options, prog=f"monge-sam {first}", args=rest)
+        kept = functools.partial(command.kept, options.output)
         interruption.unwind_from_now_on(kept)
         run(options)
     except KeyboardInterrupt:
@@ -112,7 +125,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("matplotlib", "orbax", "rich", "sklearn", "tyro"):
             raise
-        _fail(f"{error.name} is missing; pip install 'monge_sam_jax[cli]'")
+        _fail(f"{error.name} is missing; {installing('cli')}")
 
 
 def command_of(options: Any) -> Command:
@@ -126,7 +139,31 @@ def run(options: Any) -> None:
     getattr(importlib.import_module(module), function)(options)
 
 
-def _fail(message: str, code: int = 2) -> None:
+def _overview() -> str:
+    """The help: a sentence for every command, the first of what its own help says."""
+    width = max(map(len, COMMANDS))
+    lines = ["usage: monge-sam COMMAND [OPTIONS]", "", "Sharpness-aware training in JAX.", ""]
+    for name, command in COMMANDS.items():
+        sentence = (command.options.__doc__ or "").partition("\n")[0]
+        indent = " " * (width + 4)
+        lines.append(
+            textwrap.fill(
+                sentence, 79, initial_indent=f"  {name:{width}}  ", subsequent_indent=indent
+            )
+        )
+    options = ("monge-sam COMMAND --help: its options.", "monge-sam --version: the version.")
+    return "\n".join([*lines, "", *options])
+
+
+def _not_a_command(word: str) -> str:
+    near = difflib.get_close_matches(word, COMMANDS, n=1)
+    if near:
+        return f"no command {word}; did you mean {near[0]}?"
+    start = f"no command {word}" if word else "a command is needed"
+    return f"{start}; it comes first and is one of {', '.join(COMMANDS)} (monge-sam --help)"
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
     print("monge-sam: error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 

@@ -657,7 +657,8 @@ def test_the_extra_that_a_target_needs_is_named(target, extra, monkeypatch, tmp_
         main(["bench", "--compile-for", target, "--output", str(tmp_path)])
     assert capsys.readouterr().err == (
         "monge-sam: error: --compile-for needs JAX's compiler for it (no driver and no device): "
-        f"pip install 'monge_sam_jax[cli,{extra}]'\n"
+        f"pip install 'monge_sam_jax[cli,{extra}]', "
+        f"or in a clone: pip install -e '.[cli,{extra}]'\n"
     )
 
 

@@ -30,7 +30,7 @@ from monge_sam_jax.experiments.train.data import from_file
 from monge_sam_jax.experiments.train.models import CNN, MLP
 from monge_sam_jax.experiments.train.options import Train
 from monge_sam_jax.experiments.train.plots import training_figure
-from monge_sam_jax.experiments.train.report import COLUMNS, format_estimate
+from monge_sam_jax.experiments.train.report import COLUMNS, format_column
 
 EPOCHS, BATCH_SIZE = 3, 64
 OPTIMIZERS = ("sgd", "sam", "monge_sam")
@@ -229,28 +229,30 @@ def test_a_run_that_diverges_gives_valid_json(tmp_path):
 def test_the_table_shows_mean_and_standard_error(outcome):
     results, printed = outcome
     assert all(entry["label"] in printed for entry in results["optimizers"].values())
-    for entry in results["optimizers"].values():
-        for quantity, summary in entry["summary"].items():
-            factor = 1e3 if quantity == "seconds_per_step" else 1
-            error = summary["standard_error"] and summary["standard_error"] * factor
-            for line in format_estimate(summary["mean"] * factor, error).split("\n"):
-                assert line in printed
+    for quantity, (_, factor) in COLUMNS.items():
+        summaries = [entry["summary"][quantity] for entry in results["optimizers"].values()]
+        cells = format_column(summaries, factor)
+        assert all(line in printed for cell in cells for line in cell.split("\n"))
 
 
 @pytest.mark.parametrize(
-    ("mean", "error", "text"),
+    ("pairs", "cells"),
     [
-        (12.3456, 0.123, "12.35\n±0.12"),
-        (1234.5, 67.8, "1234\n±68"),
-        (-0.5, 0.00999, "-0.5000\n±0.0100"),
-        (1.234e-6, 2.5e-7, "1.23e-06\n±2.5e-07"),
-        (0.0, 1e9, "0.00e+00\n±1.0e+09"),
-        (1.0, 0.0, "1"),
-        (97.654321, None, "97.65"),
+        ([(12.3456, 0.123), (9.0, 0.01)], ["12.35\n±0.12", "9.00\n±0.01"]),
+        ([(1234.5, 67.8)], ["1234\n±68"]),
+        ([(-0.5, 0.00999)], ["-0.5000\n±0.0100"]),
+        ([(1.234e-6, 2.5e-7)], ["1.23e-06\n±2.5e-07"]),
+        ([(0.0, 1e9)], ["0.00e+00\n±1.0e+09"]),
+        ([(1.0, 0.0), (2.5, 0.021)], ["1.000\n±0.000", "2.500\n±0.021"]),
+        ([(1.0, None), (1.984, None), (0.25, None)], ["1.000", "1.984", "0.250"]),
+        ([(97.654321, None), (100.0, None)], ["97.7", "100.0"]),
+        ([(0.0, None)], ["0.000"]),
+        ([(None, None), (1.0, None)], ["diverged", "1.000"]),
     ],
 )
-def test_estimates_are_written_to_two_digits_of_the_error(mean, error, text):
-    assert format_estimate(mean, error) == text
+def test_decimals_are_alike_in_a_column(pairs, cells):
+    summaries = [{"mean": mean, "standard_error": error} for mean, error in pairs]
+    assert format_column(summaries) == cells
 
 
 def test_one_diverged_seed_makes_the_mean_diverge():
@@ -932,7 +934,9 @@ def test_help_explains_every_option(capsys):
 
 def test_a_missing_extra_is_named_in_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tyro", None)
-    assert "tyro is missing; pip install 'monge_sam_jax[cli]'" in error_line(capsys)
+    line = error_line(capsys)
+    assert "tyro is missing; pip install 'monge_sam_jax[cli]'" in line
+    assert "in a clone: pip install -e '.[cli]'" in line
 
 
 def test_help_waits_for_no_heavy_import():

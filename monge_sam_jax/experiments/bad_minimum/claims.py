@@ -23,6 +23,11 @@ class Estimate(NamedTuple):
         return f"{self.mean:+.1f}" + ("" if np.isnan(self.error) else f" ± {self.error:.1f}")
 
     @property
+    def is_nothing(self) -> bool:
+        """Whether it is of runs that are the same."""
+        return self.mean == 0 and not self.error > 0
+
+    @property
     def verdict(self) -> str:
         """Whether the mean is above zero."""
         if not np.isfinite(self.error):
@@ -68,6 +73,7 @@ def claims(results: Mapping[str, Any]) -> list[dict[str, str]]:
     Returns:
       For every claim its words, the verdict, and what was measured. A difference of means is taken
       over the runs of equal seeds, and counts if it exceeds `CERTAIN` standard errors.
+      A claim on the difference of runs that are the same is left out.
     """
     runs = Runs(results)
     rows = (
@@ -82,7 +88,7 @@ def claims(results: Mapping[str, Any]) -> list[dict[str, str]]:
         _fits(runs),
         _widens(runs),
     )
-    return [dict(zip(("claim", "verdict", "measured"), row, strict=True)) for row in rows]
+    return [dict(zip(("claim", "verdict", "measured"), row, strict=True)) for row in rows if row]
 
 
 Row: TypeAlias = tuple[str, str, str]
@@ -109,10 +115,12 @@ def _alike(runs: Runs) -> Row:
     )
 
 
-def _improves(runs: Runs, method: str) -> Row:
+def _improves(runs: Runs, method: str) -> Row | None:
     validation = [runs.finals(method, rho, "validation_accuracy").mean() for rho in runs.radii]
     rho = runs.radii[int(np.argmax(validation))]
     difference = runs.difference((method, rho), ("sgd", None))
+    if difference.is_nothing:
+        return None
     return (
         f"{LABELS[method]} finds a better minimum than SGD",
         difference.verdict,
@@ -120,11 +128,15 @@ def _improves(runs: Runs, method: str) -> Row:
     )
 
 
-def _rises(runs: Runs) -> Row:
+def _rises(runs: Runs) -> Row | None:
     means = [runs.finals("monge_sam", rho, "test_accuracy").mean() for rho in runs.radii]
-    top = int(np.argmax(means))
+    if len(means) == 1:
+        return None
+    top = 1 + int(np.argmax(means[1:]))
     gain = runs.difference(("monge_sam", runs.radii[top]), ("monge_sam", runs.radii[0]))
-    rising = top > 0 and all(a <= b for a, b in itertools.pairwise(means[: top + 1]))
+    if gain.is_nothing:
+        return None
+    rising = all(a <= b for a, b in itertools.pairwise(means[: top + 1]))
     verdict = gain.verdict if rising else "no"
     if verdict == "yes" and top < len(means) - 1:
         verdict = f"up to rho = {runs.radii[top]:g}"

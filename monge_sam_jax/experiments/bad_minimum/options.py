@@ -11,6 +11,7 @@ from monge_sam_jax.experiments.common.options import (
     check_seed,
     flag,
     of_preset,
+    presets_in_help,
 )
 
 Data: TypeAlias = Literal["digits", "cifar10"]
@@ -84,6 +85,7 @@ PRESETS: dict[Preset, Recipe] = {
 }
 
 
+@presets_in_help(PRESETS)
 @dataclasses.dataclass(frozen=True)
 class BadMinimum:
     """Fine-tune from a bad global minimum with SGD, SAM and M-SAM (figure 6 of the paper).

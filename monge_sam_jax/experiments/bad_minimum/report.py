@@ -54,10 +54,11 @@ def markdown(results: Mapping[str, Any]) -> str:
     starts = report.summarise(results["starts"])
     train, test = (report.estimate(starts[f"{name}_accuracy"]) for name in ("train", "test"))
     data, configuration = results["data"], results["configuration"]
+    seeds = report.count(configuration["seeds"], "seed")
     lines = [
         f"{data['name']}, {configuration['model']} ({results['parameters']:,} params), "
         f"{data['train_samples']} images to train on, {data['validation_samples']} to choose the "
-        f"best epoch by, {data['test_samples']} to test on; {configuration['seeds']} seeds. The "
+        f"best epoch by, {data['test_samples']} to test on; {seeds}. The "
         f"bad minimum: training accuracy {train} %, test accuracy {test} %.",
         "",
         "| method | rho | " + " | ".join(COLUMNS.values()) + " |",
@@ -68,6 +69,10 @@ def markdown(results: Mapping[str, Any]) -> str:
         cells = [report.estimate(run["summary"][name], digits.get(name, 1)) for name in COLUMNS]
         radius = "" if run["rho"] is None else f"{run['rho']:g}"
         lines.append(f"| {run['label']} | {radius} | " + " | ".join(cells) + " |")
-    lines += ["", "| claim of the paper | holds here? | by count |", "|---|---|---|"]
-    lines += [f"| {c['claim']} | {c['verdict']} | {c['measured']} |" for c in results["claims"]]
+    headers = {
+        "claim": "claim of the paper",
+        "verdict": "holds here?",
+        "measured": "by count",
+    }
+    lines += ["", *report.claims_table(results, headers)]
     return "\n".join([*lines, ""])

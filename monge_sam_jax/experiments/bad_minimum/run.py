@@ -110,7 +110,8 @@ def compare(options: BadMinimum) -> dict[str, Any]:
         "starts": starts,
         "runs": [_entry(cell, trees, seeds) for cell, trees in curves.items()],
     }
-    return report.jsonable(results | {"claims": claims(results)})
+    judged = report.without_verdicts(claims(results), results["configuration"])
+    return report.jsonable(results | {"claims": judged})
 
 
 def _entry(cell: Cell, trees: list[Tree], seeds: range) -> dict[str, Any]:

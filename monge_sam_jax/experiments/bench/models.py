@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from monge_sam_jax.experiments.bench.options import SIZES
 from monge_sam_jax.experiments.common.data import Batch
 from monge_sam_jax.experiments.common.models import ResNet
 
@@ -83,21 +84,15 @@ class Problem(NamedTuple):
 
 def mlp(preset: str, batch_size: int | None = None) -> Problem:
     """Vectors in classes, by a multilayer perceptron and SGD with momentum."""
-    features, width, layers, usual, dtype = {
-        "tiny": (16, 16, 1, 8, jnp.float32),
-        "small": (784, 512, 3, 1024, jnp.float32),
-        "gpu": (3072, 4096, 4, 4096, jnp.bfloat16),
-    }[preset]
+    features, width, layers, usual = SIZES[preset]["mlp"]
+    dtype = SIZES[preset]["dtype"]
     return _mlp(features, width, layers, batch_size or usual, dtype, learning_rate=0.05)
 
 
 def deep_mlp(preset: str, batch_size: int | None = None) -> Problem:
     """Vectors in classes, by so many small layers that what is done leaf by leaf shows."""
-    features, width, layers, usual, dtype = {
-        "tiny": (16, 8, 14, 8, jnp.float32),
-        "small": (128, 128, 150, 64, jnp.float32),
-        "gpu": (128, 128, 150, 64, jnp.bfloat16),
-    }[preset]
+    features, width, layers, usual = SIZES[preset]["deep_mlp"]
+    dtype = SIZES[preset]["dtype"]
     return _mlp(features, width, layers, batch_size or usual, dtype, learning_rate=1e-3)
 
 
@@ -116,11 +111,8 @@ def _mlp(
 
 def resnet(preset: str, batch_size: int | None = None) -> Problem:
     """Images in classes, by a residual network with BatchNorm and SGD with momentum."""
-    size, channels, stages, blocks, usual, dtype = {
-        "tiny": (10, 4, 1, 1, 4, jnp.float32),
-        "small": (32, 16, 3, 1, 32, jnp.float32),
-        "gpu": (32, 64, 4, 2, 128, jnp.bfloat16),  # ResNet-18
-    }[preset]
+    size, channels, stages, blocks, usual = SIZES[preset]["resnet"]
+    dtype = SIZES[preset]["dtype"]
     batch_size = batch_size or usual
     model = ResNet(10, channels, (blocks,) * stages, dtype)
 
@@ -138,11 +130,8 @@ def resnet(preset: str, batch_size: int | None = None) -> Problem:
 
 def transformer(preset: str, batch_size: int | None = None) -> Problem:
     """The next token, by a transformer and AdamW."""
-    width, layers, heads, vocabulary, length, usual, dtype = {
-        "tiny": (16, 1, 2, 16, 8, 4, jnp.float32),
-        "small": (128, 2, 4, 256, 64, 16, jnp.float32),
-        "gpu": (768, 12, 12, 50257, 1024, 8, jnp.bfloat16),  # GPT-2 small
-    }[preset]
+    width, layers, heads, vocabulary, length, usual = SIZES[preset]["transformer"]
+    dtype = SIZES[preset]["dtype"]
     batch_size = batch_size or usual
     model = Transformer(width, layers, heads, vocabulary, dtype=dtype)
 

@@ -2,10 +2,16 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from monge_sam_jax.experiments.common.errors import InputError
-from monge_sam_jax.experiments.common.options import PRESET, check_seed, flag, of_preset
+from monge_sam_jax.experiments.common.options import (
+    PRESET,
+    check_seed,
+    flag,
+    of_preset,
+    presets_in_help,
+)
 
 MICROBATCHES = 4
 REFERENCES = ("plain", "two_gradients")
@@ -51,6 +57,62 @@ Method: TypeAlias = Literal[
 ]
 
 
+class MLPSize(NamedTuple):
+    """Of an MLP and its batches."""
+
+    features: int
+    width: int
+    layers: int
+    batch_size: int
+
+
+class ResNetSize(NamedTuple):
+    """Of a ResNet and its batches of square images."""
+
+    pixels: int
+    channels: int
+    stages: int
+    blocks: int
+    batch_size: int
+
+
+class TransformerSize(NamedTuple):
+    """Of a transformer and its batches."""
+
+    width: int
+    layers: int
+    heads: int
+    vocabulary: int
+    length: int
+    batch_size: int
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "mlp": MLPSize(16, 16, 1, 8),
+        "deep_mlp": MLPSize(16, 8, 14, 8),
+        "resnet": ResNetSize(10, 4, 1, 1, 4),
+        "transformer": TransformerSize(16, 1, 2, 16, 8, 4),
+        "dtype": "float32",
+    },
+    "small": {
+        "mlp": MLPSize(784, 512, 3, 1024),
+        "deep_mlp": MLPSize(128, 128, 150, 64),
+        "resnet": ResNetSize(32, 16, 3, 1, 32),
+        "transformer": TransformerSize(128, 2, 4, 256, 64, 16),
+        "dtype": "float32",
+    },
+    "gpu": {
+        "mlp": MLPSize(3072, 4096, 4, 4096),
+        "deep_mlp": MLPSize(128, 128, 150, 64),
+        "resnet": ResNetSize(32, 64, 4, 2, 128),  # ResNet-18
+        "transformer": TransformerSize(768, 12, 12, 50257, 1024, 8),  # GPT-2 small
+        "dtype": "bfloat16",
+    },
+}
+
+
+@presets_in_help(SIZES)
 @dataclasses.dataclass(frozen=True)
 class Bench:
     """Measure what a training step costs with each method, on this machine.

@@ -1,10 +1,12 @@
 """The tables of `monge-sam bench`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
+
+from monge_sam_jax.experiments.common import report
 
 
 def times_table(results: Mapping[str, Any], clock: str) -> Table:
@@ -24,10 +26,11 @@ def times_table(results: Mapping[str, Any], clock: str) -> Table:
         "ranges.",
         ("ms", "/ plain", "/ two", "/ by hand"),
     )
-    for name, entry in results["methods"].items():
+    times = _alike(1000 * entry["seconds"]["median"] for entry in results["methods"].values())
+    for (name, entry), time in zip(results["methods"].items(), times, strict=True):
         table.add_row(
             name,
-            f"{1000 * entry['seconds']['median']:.3g}",
+            time,
             _with_spread(entry["ratio_to_plain"]),
             _with_spread(entry["ratio_to_two_gradients"]),
             _with_spread(entry["ratio_to_by_hand"]),
@@ -55,11 +58,12 @@ def programs_table(results: Mapping[str, Any]) -> Table:
         + (" Peak of params, state and temporary arrays in MiB." if told else ""),
         headers + (("peak",) if told else ()),
     )
-    for name, entry in methods.items():
+    times = _alike(entry["compile_seconds"]["median"] for entry in methods.values())
+    for (name, entry), time in zip(methods.items(), times, strict=True):
         by_hand, peak = entry["compile_ratio_to_by_hand"], entry["peak_bytes"]
         table.add_row(
             name,
-            f"{entry['compile_seconds']['median']:.3g}",
+            time,
             f"{entry['compile_ratio_to_plain']['median']:.2f}",
             f"{by_hand['median']:.2f}" if by_hand else "-",
             f"{entry['kernels']}",
@@ -77,6 +81,13 @@ def _table(title: str | None, caption: str, headers: Sequence[str]) -> Table:
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
     return table
+
+
+def _alike(column: Iterable[float]) -> list[str]:
+    """Numbers with the same decimals, of which the smallest has three significant digits."""
+    values = list(column)
+    places = report.decimals(min(values), 3)
+    return [f"{value:.{places}f}" for value in values]
 
 
 def _with_spread(summary: Mapping[str, float] | None) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from monge_sam_jax.experiments.common.errors import InputError
+from monge_sam_jax.experiments.common.errors import InputError, installing
 from monge_sam_jax.experiments.common.placement import AXIS
 
 GPU = re.compile(r"(h100)(?::(\d+))?")
@@ -104,7 +104,7 @@ def _check_installed(extra: str) -> None:
     if not any(map(_is_installed, modules)):
         raise InputError(
             f"--compile-for needs JAX's compiler for it (no driver and no device): "
-            f"pip install 'monge_sam_jax[cli,{extra}]'"
+            f"{installing(f'cli,{extra}')}"
         )
 
 

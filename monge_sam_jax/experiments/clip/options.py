@@ -11,6 +11,7 @@ from monge_sam_jax.experiments.common.options import (
     check_seed,
     flag,
     of_preset,
+    presets_in_help,
 )
 
 PATCH = 4  # pixels along the side of a patch
@@ -54,6 +55,7 @@ PRESETS = {
 }
 
 
+@presets_in_help(PRESETS)
 @dataclasses.dataclass(frozen=True)
 class Clip:
     """Fine-tune a small CLIP with SGD, Adam, SAM and M-SAM: tables 1 to 3 and figure 7.
@@ -70,7 +72,7 @@ class Clip:
         for four times the data and steps.
       base: Base optimizer of SAM and M-SAM. The paper does not name its own.
       seeds: Number of seeds: of the generated pairs, the initial params and the order of the
-        batches. By default 5, for smoke 2.
+        batches. By default the preset's.
       seed: The first of them; the others follow it.
       steps: Steps of fine-tuning. By default the preset's.
       sgd_rates: Learning rates of SGD, and of SAM and M-SAM if that is their base. By default the

@@ -88,7 +88,8 @@ def claims(cells: Sequence[Json], correlation: float) -> list[dict[str, str]]:
       correlation: of the first principal component with the modality, before fine-tuning.
 
     Returns:
-      Claims, each with evidence and verdict. Differences between alignments are taken seed by seed.
+      Claims, each with evidence and verdict. Differences between alignments are taken seed by seed;
+      those of runs that are the same are left out.
     """
     none = starts(cells)["alignment"]
     alignment = {name: [run["alignment"] for run in choose(cells, name)["best"]] for name in LABELS}
@@ -99,7 +100,7 @@ def claims(cells: Sequence[Json], correlation: float) -> list[dict[str, str]]:
         if cell["method"] == "monge_sam" and cell["learning_rate"] == chosen["learning_rate"]
     ]
     narrow, wide = (pick(row, key=lambda cell: cell["rho"]) for pick in (min, max))
-    return [
+    compared = [
         _compare("alignment: none < Adam", none, alignment["adam"]),
         _compare("alignment: Adam < SAM", alignment["adam"], alignment["sam"]),
         _compare("alignment: SGD < SAM", alignment["sgd"], alignment["sam"]),
@@ -109,6 +110,9 @@ def claims(cells: Sequence[Json], correlation: float) -> list[dict[str, str]]:
             f"at its chosen learning rate)",
             *([run["alignment"] for run in cell["best"]] for cell in (narrow, wide)),
         ),
+    ]
+    return [
+        *filter(None, compared),
         _divergence(cells),
         {
             "claim": "the main variation of the joint space is the modality (figure 7)",
@@ -118,8 +122,10 @@ def claims(cells: Sequence[Json], correlation: float) -> list[dict[str, str]]:
     ]
 
 
-def _compare(claim: str, low: Sequence[float], high: Sequence[float]) -> dict[str, str]:
-    """Whether `high` is above `low`, by more than two standard errors of their differences."""
+def _compare(claim: str, low: Sequence[float], high: Sequence[float]) -> dict[str, str] | None:
+    """Whether `high` is above `low`, by more than two standard errors; None if they are equal."""
+    if list(low) == list(high):
+        return None
     differences = [{"d": h - l} for l, h in zip(low, high, strict=True)]  # noqa: E741
     found = report.summarise(differences)["d"]
     mean, error = found["mean"], found["standard_error"]
@@ -173,7 +179,7 @@ def markdown(results: Json) -> str:
     seeds = len(cells[0]["seeds"])
     base = LABELS[results["configuration"]["base"]]
     lines = [
-        f"Means ± standard errors over {seeds} {'seed' if seeds == 1 else 'seeds'}, on the test "
+        f"Means ± standard errors over {report.count(seeds, 'seed')}, on the test "
         f"set; steps and cells are chosen on the validation set. SAM and M-SAM on {base}. The "
         f"alignment of unrelated embeddings is {chance['alignment']:.3f}, their loss "
         f"{chance['loss']:.3f}.",
@@ -183,9 +189,7 @@ def markdown(results: Json) -> str:
         *_table_3(cells),
         "**Claims of the paper**",
         "",
-        "| claim | here | verdict |",
-        "|---|---|---|",
-        *(f"| {c['claim']} | {c['evidence']} | {c['verdict']} |" for c in results["claims"]),
+        *report.claims_table(results, {"claim": "claim", "evidence": "here", "verdict": "verdict"}),
         "",
     ]
     return "\n".join(lines)

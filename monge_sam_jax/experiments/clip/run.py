@@ -111,8 +111,9 @@ def study(options: Clip) -> tuple[dict[str, Any], list[Panel]]:
             {name: getattr(p, name) for name in ("title", "correlation", "explained")}
             for p in panels
         ],
-        "claims": clip_report.claims(cells, panels[0].correlation),
     }
+    claims = clip_report.claims(cells, panels[0].correlation)
+    results["claims"] = report.without_verdicts(claims, results["configuration"])
     return report.jsonable(results), panels
 
 

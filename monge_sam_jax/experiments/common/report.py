@@ -21,6 +21,8 @@ from monge_sam_jax.experiments.common.options import flag
 RESULTS = "results.json"
 PLACES = ("output", "overwrite")  # options that decide nothing but where results go
 
+FEWEST_SEEDS = 3  # that a verdict may rest on
+
 
 def prepare_output(
     folder: Path,
@@ -147,3 +149,58 @@ def estimate(summary: Mapping[str, float | None], digits: int = 1, sign: str = "
     if mean is None or not math.isfinite(mean):
         return "diverged"
     return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> count(1, "seed"), count(1797, "image")
+    ('1 seed', '1797 images')
+    """
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def too_little(configuration: Mapping[str, Any]) -> str:
+    """Why a run of this configuration is too small for verdicts; empty if it is not."""
+    if configuration.get("preset") == "smoke":
+        return "No verdicts: preset smoke shows that the command works, and no more."
+    if configuration["seeds"] < FEWEST_SEEDS:
+        seeds = count(configuration["seeds"], "seed")
+        return f"No verdicts from {seeds}: they need at least {FEWEST_SEEDS}."
+    return ""
+
+
+def without_verdicts(
+    claims: Sequence[Mapping[str, str]], configuration: Mapping[str, Any]
+) -> list[dict[str, str | None]]:
+    """The claims, with None for verdicts if the run is too small for them."""
+    unjudged = {"verdict": None} if too_little(configuration) else {}
+    return [{**claim, **unjudged} for claim in claims]
+
+
+def claims_table(results: Mapping[str, Any], headers: Mapping[str, str]) -> list[str]:
+    """The claims of results.json as lines of Markdown.
+
+    Args:
+      results: content of results.json.
+      headers: of the columns, by the key of a claim. That of verdicts is left out, and the reason
+        said above the table, if the run is too small for them.
+    """
+    reason = too_little(results["configuration"])
+    keys = [key for key in headers if not (reason and key == "verdict")]
+    return [
+        *([reason, ""] if reason else []),
+        f"| {' | '.join(headers[key] for key in keys)} |",
+        "|---" * len(keys) + "|",
+        *(f"| {' | '.join(claim[key] for key in keys)} |" for claim in results["claims"]),
+    ]
+
+
+def decimals(value: float, digits: int) -> int:
+    """After the point, so that the value has so many significant digits, of those before it too.
+
+    >>> decimals(0.0957, 2), decimals(97.64, 3), decimals(1234.0, 3), decimals(0.0, 3)
+    (3, 1, 0, 2)
+    """
+    exponent = math.floor(math.log10(abs(value))) if value else 0
+    return max(0, digits - 1 - exponent)

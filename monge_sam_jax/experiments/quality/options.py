@@ -5,11 +5,17 @@ from pathlib import Path
 from typing import Literal
 
 from monge_sam_jax.experiments.common.errors import InputError
-from monge_sam_jax.experiments.common.options import check_numbers, check_seed, flag
+from monge_sam_jax.experiments.common.options import (
+    check_numbers,
+    check_seed,
+    flag,
+    presets_in_help,
+)
 
 RADII = {"bad-minimum": (0.1, 0.5, 2.0, 4.0), "label-noise": (0.05, 0.1, 0.2, 0.5)}
 
 
+@presets_in_help({"radii": RADII}, noun="Default ")
 @dataclasses.dataclass(frozen=True)
 class Quality:
     """Compare what methods reach with what they cost: test accuracy against gradients taken.
@@ -23,8 +29,7 @@ class Quality:
       tasks: bad-minimum starts where a network ends that was first fitted to spoilt copies of 500
         images with random labels, and then to the true labels (Liu et al. 2020). label-noise starts
         at random with 30 % of the training labels drawn anew.
-      rho: Radii, each a column of the tables. By default 0.1, 0.5, 2 and 4 for bad-minimum, and
-        0.05, 0.1, 0.2 and 0.5 for label-noise.
+      rho: Radii, each a column of the tables. By default those above.
       seeds: Number of seeds: of the initial params, the random labels and the order of the batches.
       seed: The first of them; the others follow it.
       width: Units of a hidden layer.

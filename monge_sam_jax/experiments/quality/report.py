@@ -15,6 +15,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     Returns:
       Rows of methods and columns of radii; a cell reads "at equal gradients / at equal steps".
     """
+    seeds = report.count(results["configuration"]["seeds"], "seed")
     lines = []
     for task, entry in results["tasks"].items():
         radii = entry["rho"]
@@ -23,7 +24,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         )
         lines += [
             f"**{task}** (start {report.estimate(start['accuracy'])}, {entry['steps'][-1]} steps, "
-            f"{results['configuration']['seeds']} seeds; test accuracy in % when as many gradients "
+            f"{seeds}; test accuracy in % when as many gradients "
             "were taken as SGD takes / as many steps)",
             "",
             "| method | " + " | ".join(f"rho = {rho:g}" for rho in radii) + " |",

@@ -2,12 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from monge_sam_jax.experiments.common import report
 from monge_sam_jax.experiments.train.training import Run
 
 BASE_LABELS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
@@ -21,6 +22,9 @@ COLUMNS: dict[str, tuple[str, float]] = {
     "seconds_per_step": ("time per step (ms)", 1000),
     "ratio_to_sgd": ("time / {base}'s", 1),
 }
+
+_KEYS = ("mean", "standard_error")
+_OVERHEADS = " Small steps are bound by overheads; monge-sam bench measures larger models."
 
 
 def final_metrics(
@@ -64,52 +68,64 @@ def results_table(results: Mapping[str, Any]) -> Table:
         collapse_padding=True,
         title=(
             f"{results['data']['name']}: {configuration['model']}, base optimizer {base}, "
-            f"{_count(configuration['epochs'], 'epoch')}, {_count(configuration['seeds'], 'seed')}"
+            f"{report.count(configuration['epochs'], 'epoch')}, "
+            f"{report.count(configuration['seeds'], 'seed')}"
         ),
         caption=(
             f"{errors}Sharpness: rise of the training loss at distance "
             f"{configuration['sharpness_rho']:g} along its gradient."
+            + _OVERHEADS
+            * ("sgd" in results["optimizers"])
         ),
     )
     table.add_column("optimizer", no_wrap=True)
     for header, _ in COLUMNS.values():
         table.add_column(header.format(base=base), justify="right")
-    for entry in results["optimizers"].values():
-        summary = entry["summary"]
-        cells = [
-            _cell(summary[quantity], factor) if quantity in summary else "-"
-            for quantity, (_, factor) in COLUMNS.items()
-        ]
+    summaries = [entry["summary"] for entry in results["optimizers"].values()]
+    columns = [
+        format_column([summary.get(quantity) for summary in summaries], factor)
+        for quantity, (_, factor) in COLUMNS.items()
+    ]
+    for entry, *cells in zip(results["optimizers"].values(), *columns, strict=True):
         table.add_row(entry["label"], *cells)
     return table
 
 
-def _cell(summary: Mapping[str, float | None], factor: float) -> str:
-    mean, error = summary["mean"], summary["standard_error"]
-    if mean is None:
-        return "diverged"
-    return format_estimate(mean * factor, None if error is None else error * factor)
+def format_column(
+    summaries: Sequence[Mapping[str, float | None] | None], factor: float = 1
+) -> list[str]:
+    """Means above their standard errors, with the same decimals in all cells of a column.
 
+    The largest error has two significant digits; if there are no errors, the largest mean has four.
+    Very large and very small columns are in powers of ten.
 
-def format_estimate(mean: float, error: float | None) -> str:
-    """A mean above its standard error to two significant digits, or alone to four.
-
-    >>> print(format_estimate(97.6418, 0.0957))
+    >>> print(*format_column([{"mean": 97.6418, "standard_error": 0.0957}]))
     97.642
     ±0.096
-    >>> print(format_estimate(0.00028, 1.2e-5))
-    2.80e-04
-    ±1.2e-05
-    >>> print(format_estimate(2.0, None))
-    2
+    >>> format_column([{"mean": 2.0, "standard_error": None}, None, {"mean": 0.5}])
+    ['2.000', '-', '0.500']
     """
-    if not error:
-        return f"{mean:.4g}"
-    if not 1e-3 <= max(abs(mean), error) < 1e6:
-        return f"{mean:.2e}\n±{error:.1e}"
-    decimals = max(0, 1 - math.floor(math.log10(error)))
-    return f"{mean:.{decimals}f}\n±{error:.{decimals}f}"
+    scaled = [
+        None if summary is None else [_times(summary.get(k), factor) for k in _KEYS]
+        for summary in summaries
+    ]
+    means = [abs(pair[0]) for pair in scaled if pair and pair[0] is not None]
+    errors = [pair[1] for pair in scaled if pair and pair[0] is not None and pair[1]]
+    largest, error = max(means, default=0.0), max(errors, default=0.0)
+    leading = error or largest
+    if leading and not 1e-3 <= max(largest, error) < 1e6:
+        styles = (".2e", ".1e")
+    else:
+        digits = 2 if error else 4
+        styles = (f".{report.decimals(leading, digits)}f",) * 2
+    return ["-" if pair is None else _cell(pair[0], pair[1], *styles) for pair in scaled]
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None or not math.isfinite(value) else value * factor
+
+
+def _cell(mean: float | None, error: float | None, style: str, error_style: str) -> str:
+    if mean is None:
+        return "diverged"
+    return f"{mean:{style}}" + ("" if error is None else f"\n±{error:{error_style}}")
