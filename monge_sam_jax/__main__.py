@@ -116,7 +116,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         if args is None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end is not interrupted again
-        print(interruption.line(kept()), file=sys.stderr)
+        print(interruption.on_a_clean_line(interruption.line(kept())), file=sys.stderr)
+        if args is None:
+            interruption.leave_quietly()
         sys.exit(interruption.CODE)
     except InputError as error:
         _fail(str(error))

@@ -151,8 +151,9 @@ def test_a_killed_worker_ends_the_run_and_resume_completes_it(processes, alone):
     assert (code, killed_code) == (3, -signal.SIGKILL)
     assert not out
     assert re.fullmatch(
-        r"\s*monge-sam: error: (process 1|another process) of the run is gone or cannot be "
-        "reached; start all processes again with --resume to go on from the last checkpoint\n",
+        r"(seed 0, epoch \d: .* left, about .*\n)*monge-sam: error: (process 1|"
+        "another process) of the run is gone or cannot be reached; "
+        "start all processes again with --resume to go on from the last checkpoint\n",
         err,
     )
     assert not (output / "results.json").exists()

@@ -3,16 +3,17 @@
 Other programs that import the package keep their own handling of it.
 """
 
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 CODE = 130  # of a program that Ctrl-C has ended, by convention
 BEFORE_THE_WORK = "nothing has begun"
-SHOW_CURSOR = b"\x1b[?25h"
+SHOW_CURSOR = "\r\x1b[2K\x1b[?25h"  # in a line without what is left of a bar
 
 
 def is_command() -> bool:
@@ -46,8 +47,6 @@ def unwind_from_now_on(kept: Callable[[], str]) -> None:
     tell = sys.unraisablehook
 
     def end(*_: Any) -> None:
-        if sys.stderr.isatty():
-            os.write(2, SHOW_CURSOR)  # a bar has hidden it
         _end(line(kept()))
 
     def unwind(*_: Any) -> None:
@@ -64,8 +63,21 @@ def unwind_from_now_on(kept: Callable[[], str]) -> None:
     signal.signal(signal.SIGINT, unwind)
 
 
+def leave_quietly() -> NoReturn:
+    """Ends the process as it is: where threads of JAX still compute, Python's own end can crash."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(CODE)
+
+
+def on_a_clean_line(text: str) -> str:
+    """The text, on a terminal with the cursor back that a bar or that of a child has hidden."""
+    return (SHOW_CURSOR if sys.stderr.isatty() else "") + text
+
+
 def _end(text: str) -> None:
-    os.write(2, f"{text}\n".encode())  # it may have come in the middle of a print
+    os.write(2, f"{on_a_clean_line(text)}\n".encode())  # it may have come in the middle of a print
     os._exit(CODE)
 
 
