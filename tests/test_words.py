@@ -1,6 +1,7 @@
 """What the command line says: help, slips, and what is missing."""
 
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -47,12 +48,20 @@ def test_help_is_a_sentence_for_each_command(option, capsys):
         assert sentence in " ".join(rest.split())
 
 
-def test_help_is_the_same_on_a_pipe():
+def test_help_is_the_same_on_a_pipe_and_on_a_terminal():
     environment = os.environ | {"COLUMNS": str(WIDTH)}
     command = [sys.executable, "-m", "monge_sam_jax", "--help"]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "\x1b" not in found.stdout
-    assert max(map(len, found.stdout.splitlines())) < WIDTH
+    piped = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "\x1b" not in piped.stdout
+    assert max(map(len, piped.stdout.splitlines())) < WIDTH
+    ours, theirs = pty.openpty()
+    try:
+        subprocess.run(command, env=environment, stdout=theirs, check=True)
+        shown = os.read(ours, 65536).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert shown.replace("\r\n", "\n") == piped.stdout
 
 
 @pytest.mark.parametrize(
