@@ -4,6 +4,8 @@ Both look at directions alone: rows are divided by their lengths first. A zero r
 that its cosine with every other row is zero.
 """
 
+from __future__ import annotations
+
 import warnings
 from functools import partial
 from typing import NamedTuple
@@ -16,6 +18,7 @@ from monge_sam_jax._core.checks import check_at_least
 from monge_sam_jax._core.numerics import scaled_norm, widen, working_dtype
 
 __all__ = ["Alignment", "clip_loss", "mutual_knn_alignment"]
+__dir__ = __all__.copy
 
 # Entries of the similarity matrix that are held at a time: 32 MiB in float32.
 _BLOCK_ENTRIES = 2**23

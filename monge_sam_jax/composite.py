@@ -10,6 +10,8 @@ so groups of leaves need one transformation and not one each. Their norm
 :math:`\max_k \|\delta_k\|_{G_k}` has the dual norm :math:`\sum_k \|g_k\|_{G_k^{-1}}`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeAlias
 
@@ -22,6 +24,7 @@ from monge_sam_jax._core.numerics import bounded_product, scaled_norm, tree_scal
 from monge_sam_jax.metrics import Ascent, Grads, Metric, Params, State
 
 __all__ = ["Labels", "grouped", "scaled"]
+__dir__ = __all__.copy
 
 # A tree of labels, a prefix of the params; or a function of the params that returns one.
 Labels: TypeAlias = Any | Callable[[Params], Any]

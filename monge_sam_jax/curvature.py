@@ -4,6 +4,8 @@ All take a scalar function of the params alone, and any tree of real params. Cas
 float16 ones to float32 first: second derivatives lose what those dtypes round away.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
@@ -21,6 +23,7 @@ from monge_sam_jax.metrics import Metric, Params
 from monge_sam_jax.perturbation import worst_case_perturbation
 
 __all__ = ["LossFn", "hessian", "hessian_trace", "hvp", "sharpness", "top_eigenvalues"]
+__dir__ = __all__.copy
 
 LossFn: TypeAlias = Callable[[Params], jax.Array]
 

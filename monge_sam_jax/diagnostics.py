@@ -1,5 +1,7 @@
 """What the perturbation of a step looked like."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import chex
@@ -16,6 +18,7 @@ from monge_sam_jax._core.numerics import (
 from monge_sam_jax.metrics import Ascent, Grads, Params
 
 __all__ = ["Diagnostics", "MeasuredDiagnostics", "get_diagnostics"]
+__dir__ = __all__.copy
 
 
 class Diagnostics(NamedTuple):

@@ -1,5 +1,7 @@
 """The sharpness-aware gradient as a drop-in for `jax.value_and_grad`."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +23,7 @@ from monge_sam_jax.perturbation import (
 )
 
 __all__ = ["sharpness_aware_value_and_grad"]
+__dir__ = __all__.copy
 
 
 def sharpness_aware_value_and_grad(

@@ -6,6 +6,8 @@ gradient that perturbs. `make_train_step` writes the step that gets them right, 
 `TrainState`; `SharpnessAwareTrainState` is for those who write their own.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, TypedDict, Unpack
@@ -29,6 +31,7 @@ from monge_sam_jax.perturbation import AxisName, Mask, When, check_when
 from monge_sam_jax.transforms import SharpnessAwareState
 
 __all__ = ["SharpnessAwareTrainState", "make_train_step"]
+__dir__ = __all__.copy
 
 PyTree = Any
 

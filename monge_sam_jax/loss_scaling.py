@@ -5,6 +5,8 @@ by a scale before differentiation and the gradient divided by it afterwards. Tha
 the perturbation, whose length under the Monge metric depends on the scale of the gradient.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,6 +20,7 @@ from monge_sam_jax._core.numerics import widen, working_dtype
 from monge_sam_jax.metrics import Grads
 
 __all__ = ["loss_scaled", "update_dynamic_scale"]
+__dir__ = __all__.copy
 
 DynamicScale = TypeVar("DynamicScale", bound=Any)  # flax.training.dynamic_scale.DynamicScale
 

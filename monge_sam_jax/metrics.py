@@ -39,6 +39,8 @@ by a fixed positive diagonal:
 (Array([0.6, 0.4], dtype=float32), Array(5., dtype=float32))
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -71,6 +73,7 @@ __all__ = [
     "monge",
     "pullback",
 ]
+__dir__ = __all__.copy
 
 Params: TypeAlias = chex.ArrayTree
 Grads: TypeAlias = chex.ArrayTree

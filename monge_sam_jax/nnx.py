@@ -7,6 +7,8 @@ second pass runs on a copy of the copy, which is dropped. The model ends up as a
 `nnx.value_and_grad`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -32,6 +34,7 @@ from monge_sam_jax.perturbation import (
 from monge_sam_jax.running_statistics import refresh_running_statistics
 
 __all__ = ["evaluation_model", "grad_fn", "refresh_batch_stats", "sharpness_aware_value_and_grad"]
+__dir__ = __all__.copy
 
 if hasattr(nnx, "as_pure"):
     _as_pure: Callable[[Any], Any] = nnx.as_pure

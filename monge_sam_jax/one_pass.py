@@ -5,6 +5,8 @@ gradient is needed: the params in the training loop are the perturbed ones,
 :math:`y_t = \theta_t + \delta_t`, and an ordinary gradient is the one that is wanted.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -44,6 +46,7 @@ from monge_sam_jax.perturbation import (
 from monge_sam_jax.transforms import SharpnessAwareState
 
 __all__ = ["Direction", "FromMomentum", "OnePassState", "one_pass_sam", "unperturbed_params"]
+__dir__ = __all__.copy
 
 Direction: TypeAlias = Literal["gradient", "momentum"]
 ANOTHER = (

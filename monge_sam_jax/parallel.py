@@ -1,5 +1,7 @@
 """One gradient from many: over micro-batches, and over the shards of a batch on many devices."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -11,6 +13,7 @@ from monge_sam_jax._core.batches import WHOLE, describe, sample_dimensions
 from monge_sam_jax._core.numerics import widen, working_dtype
 
 __all__ = ["How", "ValueAndGrad", "accumulated", "m_sharpness", "per_shard"]
+__dir__ = __all__.copy
 
 PyTree = Any
 ValueAndGrad: TypeAlias = Callable[..., Any]

@@ -1,5 +1,7 @@
 """The worst-case perturbation, and the gradient there: the core that all entry points share."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeAlias
@@ -27,6 +29,7 @@ from monge_sam_jax.diagnostics import (
 from monge_sam_jax.metrics import Ascent, Grads, Metric, Params, State, stateless
 
 __all__ = ["AxisName", "Mask", "When", "worst_case_perturbation"]
+__dir__ = __all__.copy
 
 # A tree of bools, a prefix of the params; or a function of the params that returns one.
 Mask: TypeAlias = Any

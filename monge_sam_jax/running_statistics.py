@@ -5,6 +5,8 @@ perturbed ones, weight averaging some of the past: at the unperturbed or average
 statistics are off, and accuracy can be far below what the params are worth.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +17,7 @@ from monge_sam_jax._core.numerics import working_dtype
 from monge_sam_jax.metrics import Params
 
 __all__ = ["refresh_running_statistics"]
+__dir__ = __all__.copy
 
 PyTree = Any
 PROBE = 2.0**20  # large against any activation, so that its weight in an average can be read off

@@ -1,5 +1,7 @@
 """Optimizer states for sharded params."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from monge_sam_jax.metrics import Params
 
 __all__ = ["init_sharded"]
+__dir__ = __all__.copy
 
 
 def init_sharded(tx: optax.GradientTransformation, params: Params) -> optax.OptState:

@@ -13,6 +13,8 @@ with one at equilibria, and expands it there with the wrong sign of the term in 
 for two lines. Its criterion is right nevertheless.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
 
@@ -30,6 +32,7 @@ from monge_sam_jax.metrics import Grads, Metric, Params
 from monge_sam_jax.perturbation import worst_case_perturbation
 
 __all__ = ["critical_radius", "is_attractor", "stability_eigenvalues", "stability_matrix"]
+__dir__ = __all__.copy
 
 
 def stability_matrix(

@@ -20,6 +20,8 @@ loss             formula                     what it has                        
 [-0.95 -0.94]
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from functools import partial
@@ -36,6 +38,7 @@ from monge_sam_jax.perturbation import worst_case_perturbation
 from monge_sam_jax.transforms import sharpness_aware
 
 __all__ = ["ToyLoss", "banana", "paraboloid", "perturbed_points", "sinc", "trajectory"]
+__dir__ = __all__.copy
 
 # A loss of one point, shape (d,); of many, shape (..., d), if it is to be drawn.
 ToyLoss = Callable[[jax.Array], jax.Array]

@@ -1,5 +1,7 @@
 """Sharpness-aware steps as Optax transformations."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict, Unpack
 
@@ -43,6 +45,7 @@ __all__ = [
     "sam",
     "sharpness_aware",
 ]
+__dir__ = __all__.copy
 
 GradFn = Callable[..., Grads]
 
@@ -131,8 +134,7 @@ def sharpness_aware(
     References:
       Jacobsen and Arvanitidis, Monge SAM, eqs. 5, 8 and 9.
 
-    >>> import jax, optax
-    >>> import jax.numpy as jnp
+    >>> import jax, optax, jax.numpy as jnp
     >>> from monge_sam_jax import euclidean, monge, sharpness_aware
     >>> def loss_fn(params, batch):
     ...     return jnp.mean((batch @ params) ** 2)
@@ -253,8 +255,7 @@ def sam(
     References:
       Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, 2020.
 
-    >>> import jax, optax
-    >>> import jax.numpy as jnp
+    >>> import jax, optax, jax.numpy as jnp
     >>> from monge_sam_jax import sam
     >>> grad_fn = jax.grad(lambda params: jnp.sum(params**2))
     >>> tx = optax.chain(sam(grad_fn, rho=0.5), optax.sgd(1.0))
@@ -301,8 +302,7 @@ def monge_sam(
     References:
       Jacobsen and Arvanitidis, Monge SAM, eq. 9.
 
-    >>> import jax, optax
-    >>> import jax.numpy as jnp
+    >>> import jax, optax, jax.numpy as jnp
     >>> from monge_sam_jax import get_diagnostics, monge_sam
     >>> grad_fn = jax.grad(lambda params: jnp.sum(params**2))
     >>> tx = optax.chain(monge_sam(grad_fn, rho=0.5), optax.sgd(0.1))
@@ -343,8 +343,7 @@ def adaptive_sam(
     References:
       Kwon et al., ASAM: Adaptive Sharpness-Aware Minimization, 2021.
 
-    >>> import jax, optax
-    >>> import jax.numpy as jnp
+    >>> import jax, optax, jax.numpy as jnp
     >>> from monge_sam_jax import adaptive_sam
     >>> grad_fn = jax.grad(lambda params: 0.5 * jnp.sum(params**2))
     >>> tx = optax.chain(adaptive_sam(grad_fn, rho=0.5, eta=0.0), optax.sgd(1.0))
@@ -386,8 +385,7 @@ def fisher_sam(
     References:
       Kim et al., Fisher SAM: Information Geometry and Sharpness Aware Minimisation, 2022.
 
-    >>> import jax, optax
-    >>> import jax.numpy as jnp
+    >>> import jax, optax, jax.numpy as jnp
     >>> from monge_sam_jax import fisher_sam
     >>> grad_fn = jax.grad(lambda params: 0.5 * jnp.sum(params**2))
     >>> tx = optax.chain(fisher_sam(grad_fn, rho=1.0), optax.sgd(1.0))

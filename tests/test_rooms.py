@@ -5,6 +5,7 @@ import collections
 import graphlib
 import importlib
 import importlib.util
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,17 @@ def test_public_modules_say_what_is_public(name):
     module = importlib.import_module(name)
     assert module.__all__ == sorted(set(module.__all__))
     assert [entry for entry in module.__all__ if not hasattr(module, entry)] == []
+    assert dir(module) == module.__all__
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_help_shows_types_by_their_names(name):
+    """As they are written: an alias for trees of arrays spelt out takes five lines."""
+    module = importlib.import_module(name)
+    functions = [getattr(module, entry) for entry in module.__all__]
+    for function in filter(inspect.isfunction, functions):
+        for parameter in inspect.signature(function).parameters.values():
+            assert len(str(parameter.annotation)) < 100, (function, parameter)
 
 
 def test_what_the_package_offers_its_modules_offer():
