@@ -1,6 +1,7 @@
 """What the options of several commands have in common."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -65,8 +66,9 @@ def presets_in_help(
     """
 
     def decorate(options: Options) -> Options:
-        description, attributes, rest = (options.__doc__ or "").partition("\n\n    Attributes:")
-        paragraphs = [f"\n\n    {noun}{name}: {in_words(v)}." for name, v in presets.items()]
+        documented = inspect.cleandoc(options.__doc__ or "")  # Python 3.13 has done so already
+        description, attributes, rest = documented.partition("\n\nAttributes:")
+        paragraphs = [f"\n\n{noun}{name}: {in_words(v)}." for name, v in presets.items()]
         options.__doc__ = "".join([description, *paragraphs, attributes, rest])
         return options
 
