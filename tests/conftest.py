@@ -50,4 +50,5 @@ def on_cpu():
 def eight_devices():
     """For code that takes all devices of the default backend by itself."""
     if jax.device_count() < 8:
+        assert jax.default_backend() != "cpu", "xla_flags.py makes eight of the CPU"
         pytest.skip(f"needs eight devices, {jax.default_backend()} has {jax.device_count()}")
