@@ -246,7 +246,7 @@ def test_a_base_that_is_no_metric():
 
 # --- range ---
 
-SIZES = [1e-36, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e36]
+SIZES = [1e-36, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e28, 1e36]
 LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
