@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from monge_sam_jax._core.numerics import (
+    ScaledNorm,
     bounded_product,
     bounded_quotient,
     euclidean_norm,
@@ -28,11 +29,12 @@ class Diagnostics(NamedTuple):
 
     Attributes:
       grad_norm: :math:`\|g\|_2` of the first gradient, in units of loss per param.
-      dual_norm: :math:`\|g\|_{G^{-1}}`.
+      dual_norm: :math:`\|a\|_{G^{-1}}`, where a is g, or what `ascent` makes of it.
       perturbation_norm: :math:`\|\delta^*\|_2`, in units of the params, before any rounding.
       effective_radius: perturbation_norm / grad_norm, for SAM and M-SAM the paper's
         :math:`\tilde\rho` (sections 2.1 and 3.2); zero where the gradient is zero.
-      predicted_sharpness: :math:`g^\top \delta^* = \rho \|g\|_{G^{-1}}`, in units of the loss.
+      predicted_sharpness: :math:`g^\top \delta^*`, in units of the loss; without an `ascent`,
+        :math:`\rho \|g\|_{G^{-1}}`.
     """
 
     grad_norm: jax.Array
@@ -109,33 +111,42 @@ def get_diagnostics(opt_state: chex.ArrayTree) -> Diagnostics | MeasuredDiagnost
 
 
 def diagnose(
-    grad_norm: jax.Array,
-    ascent: Ascent,
+    g: ScaledNorm,
+    steepest: Ascent,
     multiple: jax.Array,
     rho: chex.Numeric,
     *,
     isotropic: bool,
+    transformed: bool,
 ) -> Diagnostics:
-    """Diagnostics of delta* = multiple * tangent of the ascent."""
+    """Diagnostics of delta* = multiple * tangent of the steepest ascent.
+
+    `transformed` says whether that is one of another vector than the gradient g.
+    """
+    grad_norm = g.norm
     dtype = grad_norm.dtype
-    v = jax.lax.stop_gradient(ascent.tangent)
+    v = jax.lax.stop_gradient(steepest.tangent)
     # A multiple of g has entries of order one, and is as long as its metric says: what XLA computed
     # for that it does not compute again. Others may be short.
-    norm = euclidean_norm if isotropic else lambda v, dtype: jnp.sqrt(inner_product(v, v, dtype))
-    tangent_norm = norm(v, dtype)
+    is_along_g = isotropic and not transformed
+    norm = euclidean_norm if is_along_g else lambda v, dtype: jnp.sqrt(inner_product(v, v, dtype))
+    tangent_norm, k = norm(v, dtype), multiple.astype(dtype)
     nonzero = grad_norm != 0
-    length = bounded_product(tangent_norm, multiple.astype(dtype))
+    length = bounded_product(tangent_norm, k)
     perturbation_norm = jnp.where(nonzero, length, 0.0)
+    if transformed:
+        slope = inner_product(g.unit, v, dtype)
+        rise = jnp.sign(slope) * bounded_quotient(bounded_product(jnp.abs(slope), k), g.scale)
+    else:
+        rise = bounded_product(steepest.dual_norm.astype(dtype), jnp.asarray(rho, dtype))
     return Diagnostics(
         grad_norm=_report(grad_norm),
-        dual_norm=_report(ascent.dual_norm),
+        dual_norm=_report(steepest.dual_norm),
         perturbation_norm=_report(perturbation_norm),
         effective_radius=_report(
             bounded_quotient(perturbation_norm, jnp.where(nonzero, grad_norm, 1.0))
         ),
-        predicted_sharpness=_report(
-            bounded_product(ascent.dual_norm.astype(dtype), jnp.asarray(rho, dtype))
-        ),
+        predicted_sharpness=_report(rise),
     )
 
 

@@ -8,17 +8,21 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 
 from monge_sam_jax._core.batches import part_of_batch
-from monge_sam_jax._core.checks import check_nonnegative
+from monge_sam_jax._core.checks import check_fraction
+from monge_sam_jax._core.masks import check_mask
+from monge_sam_jax.descent import Descent
 from monge_sam_jax.diagnostics import no_diagnostics
-from monge_sam_jax.metrics import Grads, Metric, Params
+from monge_sam_jax.metrics import Grads, Params
 from monge_sam_jax.perturbation import (
     AxisName,
     Mask,
+    MetricOrFunction,
     check_ball,
-    check_mask,
-    init_metric,
+    check_slots,
+    fresh_states,
     robust_gradient_when,
 )
 
@@ -29,8 +33,10 @@ __dir__ = __all__.copy
 def sharpness_aware_value_and_grad(
     loss_fn: Callable[..., Any],
     *,
-    metric: Metric,
+    metric: MetricOrFunction,
     rho: chex.Numeric,
+    ascent: optax.GradientTransformation | None = None,
+    descent: Descent | None = None,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     mask: Mask = None,
@@ -57,8 +63,10 @@ def sharpness_aware_value_and_grad(
     Args:
       loss_fn: function of the params and other arguments, positional or by name, that returns a
         scalar, or (scalar, aux).
-      metric: the metric G. It starts from a fresh state at each call.
+      metric: the metric G, without a state.
       rho: radius of the ball in the metric's units, a scalar. A traced value is not checked.
+      ascent: as in `sharpness_aware`, without a state.
+      descent: as in `sharpness_aware`, without a state.
       argnums: positions of the arguments that are differentiated, and perturbed together, as in
         `jax.value_and_grad`.
       has_aux: whether `loss_fn` returns (scalar, aux).
@@ -104,10 +112,9 @@ def sharpness_aware_value_and_grad(
     (Array(25., dtype=float32), Array([6.6, 8.8], dtype=float32))
     """
     check_ball(metric, rho, schedule_allowed=False)
+    check_slots(ascent, descent)
     check_mask(mask)
-    check_nonnegative("ascent_batch_fraction", ascent_batch_fraction)
-    if not 0 < ascent_batch_fraction <= 1:
-        raise ValueError(f"ascent_batch_fraction must be in (0, 1], got {ascent_batch_fraction!r}")
+    check_fraction("ascent_batch_fraction", ascent_batch_fraction, zero=False, one=True)
     if ascent_batch_fraction < 1 and when is not True:
         raise ValueError(
             "with ascent_batch_fraction, steps without a perturbation would descend along the "
@@ -139,7 +146,9 @@ def sharpness_aware_value_and_grad(
             conjugate(grads),
             params,
             metric=metric,
-            metric_state=init_metric(metric, mask, params),
+            ascent=ascent,
+            descent=descent,
+            states=fresh_states(metric, ascent, descent, mask, params),
             last=no_diagnostics(measure=measure),
             rho=rho,
             mask=mask,

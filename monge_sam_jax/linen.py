@@ -23,12 +23,14 @@ from flax.training.train_state import TrainState
 from monge_sam_jax._core.collectives import make_varying
 from monge_sam_jax._core.train_state import SharpnessAwareTrainState as SharpnessAwareTrainState
 from monge_sam_jax._core.train_state import bind
+from monge_sam_jax.descent import Descent
 from monge_sam_jax.diagnostics import Diagnostics, MeasuredDiagnostics, get_diagnostics
 from monge_sam_jax.gradients import sharpness_aware_value_and_grad
 from monge_sam_jax.loss_scaling import loss_scaled, update_dynamic_scale
 from monge_sam_jax.metrics import Grads, Metric, Params
-from monge_sam_jax.perturbation import AxisName, Mask, When, check_when
+from monge_sam_jax.perturbation import AxisName, Mask
 from monge_sam_jax.transforms import SharpnessAwareState
+from monge_sam_jax.when import When, WhenRule, check_when
 
 __all__ = ["SharpnessAwareTrainState", "make_train_step"]
 __dir__ = __all__.copy
@@ -41,6 +43,8 @@ class Options(TypedDict, total=False):
 
     rho: chex.Numeric | optax.Schedule
     when: When | None
+    ascent: optax.GradientTransformation | None
+    descent: Descent | None
     mask: Mask
     measure: bool
     widen_params: bool
@@ -102,8 +106,8 @@ def make_train_step(
         micro-batch has its own dropout mask (for one that all share, let `loss_fn` close over a
         key).
       **options: rho (0.05, or a schedule of the number of the step), when (a function of the number
-        of the step that returns a bool; None for every step), mask, measure, widen_params and
-        sync_perturbation of `sharpness_aware_value_and_grad`, for the metric.
+        of the step that returns a bool; None for every step), ascent, descent, mask, measure,
+        widen_params and sync_perturbation of `sharpness_aware_value_and_grad`, for the metric.
 
     Returns:
       The step.
@@ -146,6 +150,11 @@ def make_train_step(
     else:
         rho, when = options.pop("rho", 0.05), options.pop("when", None)
         check_when(when)
+        if isinstance(when, WhenRule):
+            raise TypeError(
+                "when, a rule that looks at the gradient, keeps a state: give it to the "
+                "transformation in the chain, monge_sam(when=...)"
+            )
         robust_value_and_grad = functools.partial(
             sharpness_aware_value_and_grad,
             metric=metric,
@@ -231,7 +240,7 @@ def _evaluate_for_chain(
 def _evaluate_robust(
     robust_value_and_grad: Callable[..., Any],
     rho: chex.Numeric | optax.Schedule,
-    when: When | None,
+    when: Callable[[jax.Array], bool | jax.Array] | None,
     differentiate: Callable[..., Any],
     total_loss: Callable[..., Any],
     state: TrainState,

@@ -15,20 +15,24 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from flax.nnx import filterlib
 
 from monge_sam_jax._core.collectives import make_varying
+from monge_sam_jax._core.masks import check_mask
+from monge_sam_jax.descent import Descent
 from monge_sam_jax.diagnostics import no_diagnostics
 from monge_sam_jax.gradients import conjugate
-from monge_sam_jax.metrics import Grads, Metric, Params
+from monge_sam_jax.metrics import Grads, Params
 from monge_sam_jax.one_pass import unperturbed_params
 from monge_sam_jax.perturbation import (
     AxisName,
     Mask,
+    MetricOrFunction,
     check_ball,
-    check_mask,
-    init_metric,
+    check_slots,
+    fresh_states,
     robust_gradient_when,
 )
 from monge_sam_jax.running_statistics import refresh_running_statistics
@@ -45,8 +49,10 @@ else:  # Flax before 0.12
 def sharpness_aware_value_and_grad(
     loss_fn: Callable[..., Any],
     *,
-    metric: Metric,
+    metric: MetricOrFunction,
     rho: chex.Numeric,
+    ascent: optax.GradientTransformation | None = None,
+    descent: Descent | None = None,
     wrt: filterlib.Filter = nnx.Param,
     has_aux: bool = False,
     mask: Mask = None,
@@ -73,8 +79,10 @@ def sharpness_aware_value_and_grad(
     Args:
       loss_fn: function of the model and other arguments that returns a scalar, or (scalar, aux), as
         `nnx.value_and_grad` takes it.
-      metric: the metric G. It starts from a fresh state at each call.
+      metric: the metric G, without a state.
       rho: radius of the ball in the metric's units, a scalar. A traced value is not checked.
+      ascent: as in `sharpness_aware`, without a state.
+      descent: as in `sharpness_aware`, without a state.
       wrt: the filter of the state that is differentiated and perturbed, such as `nnx.LoRAParam`;
         the same as the optimizer's.
       has_aux: whether `loss_fn` returns (scalar, aux).
@@ -124,6 +132,7 @@ def sharpness_aware_value_and_grad(
     Array(1.99, dtype=float32)
     """
     check_ball(metric, rho, schedule_allowed=False)
+    check_slots(ascent, descent)
     check_mask(mask)
     differentiate = value_and_grad(loss_fn, argnums=nnx.DiffState(0, wrt), has_aux=has_aux)
 
@@ -142,7 +151,9 @@ def sharpness_aware_value_and_grad(
             conjugate(_as_pure(nnx.state(grads))),
             params,
             metric=metric,
-            metric_state=init_metric(metric, mask, params),
+            ascent=ascent,
+            descent=descent,
+            states=fresh_states(metric, ascent, descent, mask, params),
             last=no_diagnostics(measure=measure),
             rho=rho,
             mask=mask,

@@ -7,8 +7,7 @@ gradient is needed: the params in the training loop are the perturbed ones,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, Never, TypeAlias, get_args
 
 import chex
 import jax
@@ -16,8 +15,22 @@ import jax.numpy as jnp
 import optax
 
 from monge_sam_jax._core import surroundings as around
-from monge_sam_jax._core.checks import check_params, check_params_and_gradient, check_state
+from monge_sam_jax._core.checks import (
+    check_of_one_pass,
+    check_params,
+    check_params_and_gradient,
+    check_state,
+)
+from monge_sam_jax._core.held import (
+    Move,
+    describe,
+    map_kept,
+    map_moves,
+    subtract,
+    without_masked,
+)
 from monge_sam_jax._core.injection import injectable, unfixed
+from monge_sam_jax._core.masks import check_mask, chosen_leaves, select
 from monge_sam_jax._core.momentum import FromMomentum, find_momentum, is_from_momentum, is_marker
 from monge_sam_jax._core.numerics import (
     ScaledNorm,
@@ -31,30 +44,26 @@ from monge_sam_jax._core.numerics import (
     working_dtype,
 )
 from monge_sam_jax.diagnostics import Diagnostics, diagnose, no_diagnostics
-from monge_sam_jax.metrics import Grads, Metric, Params, State, monge
+from monge_sam_jax.metrics import Grads, Params, State, monge
 from monge_sam_jax.perturbation import (
     Mask,
-    When,
+    MetricOrFunction,
+    SlotStates,
     ascent_multiple,
     check_ball,
-    check_mask,
-    check_when,
-    chosen_leaves,
-    fits_metric,
-    select,
+    check_slots,
+    fit,
+    init_states,
+    metric_at,
+    transform,
 )
-from monge_sam_jax.transforms import SharpnessAwareState
+from monge_sam_jax.slots import is_link
+from monge_sam_jax.when import When, WhenRule, check_when
 
 __all__ = ["Direction", "FromMomentum", "OnePassState", "one_pass_sam", "unperturbed_params"]
 __dir__ = __all__.copy
 
 Direction: TypeAlias = Literal["gradient", "momentum"]
-ANOTHER = (
-    "the state of one_pass_sam was made with another mask, direction or kind of metric, or for "
-    "other params. To go on from it, start at the unperturbed params: "
-    "params = unperturbed_params(old_state, params), and the state "
-    "tx.init(params)._replace(base_state=old_state.base_state)"
-)
 
 
 class OnePassState(NamedTuple):
@@ -70,6 +79,7 @@ class OnePassState(NamedTuple):
       multiple: scalar in float32 or wider.
       inverse_scale: another, a power of two.
       diagnostics: of the perturbation that the params hold; zeros before the first update.
+      ascent_state: state of the ascent; empty without.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it
@@ -79,17 +89,20 @@ class OnePassState(NamedTuple):
     multiple: jax.Array
     inverse_scale: jax.Array
     diagnostics: Diagnostics
+    ascent_state: State = ()
 
 
 @injectable
 def one_pass_sam(
     base_optimizer: optax.GradientTransformation,
     *,
-    metric: Metric = monge(),  # noqa: B008
+    metric: MetricOrFunction = monge(),  # noqa: B008
     rho: chex.Numeric | optax.Schedule = 0.05,
     direction: Direction = "gradient",
+    ascent: optax.GradientTransformation | None = None,
     mask: Mask = None,
     when: When | None = None,
+    **of_two_passes: Never,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an optimizer so that every gradient is taken at perturbed params, without a second.
 
@@ -130,7 +143,7 @@ def one_pass_sam(
 
     Args:
       base_optimizer: any Optax optimizer; it gets the extra arguments of `update`.
-      metric: the metric G, at :math:`\theta_{t+1}`.
+      metric: the metric G, at :math:`\theta_{t+1}`; or a function of rho, as in `sharpness_aware`.
       rho: radius of the ball in the metric's units: a scalar, or a schedule, by which the gradient
         of update t = 1, 2, ... is taken at radius rho(t); that of update 0 is unperturbed. Traced
         values and schedules are not checked. At zero, y = theta is the base optimizer's, bit for
@@ -139,9 +152,11 @@ def one_pass_sam(
         (`optax.sgd`) or `mu` (`optax.adam`, `optax.lion`, `optax.contrib.muon` and others). The
         metric takes the momentum for the gradient: a trace with decay b is up to 1 / (1 - b) times
         as long, and `alpha` can make up for that.
+      ascent: as in `sharpness_aware`, of the gradient or the momentum, at every update.
       mask: which leaves are perturbed, as in `sharpness_aware`; nothing is kept of the others.
       when: a function of the number of the update, 1, 2, ..., that returns a bool: where it is not
         true, the gradient of that update is taken at rho = 0, at the unperturbed params.
+      **of_two_passes: those of `sharpness_aware` that need two gradients are an error.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a `OnePassState`. Updates are in the dtype of
@@ -171,10 +186,17 @@ def one_pass_sam(
     """
     if not isinstance(base_optimizer, optax.GradientTransformation):
         raise TypeError(f"base_optimizer must be an Optax optimizer, got {base_optimizer!r}")
-    mask, when = unfixed(mask), unfixed(when)
+    check_of_one_pass(of_two_passes)
+    metric, mask, when = map(unfixed, (metric, mask, when))
     check_mask(mask)
     check_when(when)
+    if isinstance(when, WhenRule):
+        raise TypeError(
+            "when must be a function of the count here: a rule that looks at the gradient saves a "
+            "second one, and one_pass_sam takes none"
+        )
     check_ball(metric, rho, schedule_allowed=True)
+    check_slots(ascent, None)
     if direction not in get_args(Direction):
         raise ValueError(f"direction must be 'gradient' or 'momentum', got {direction!r}")
     base = optax.with_extra_args_support(base_optimizer)
@@ -187,11 +209,12 @@ def one_pass_sam(
     def layout(chosen: Any, params: Params) -> Params:
         """What the state keeps of delta: of some leaves nothing."""
 
+        is_along_momentum = use_momentum and ascent is None and metric_at(1.0, metric).isotropic
+
         def keep(choose: bool, p: Any) -> Any:
             if not choose:
                 return optax.MaskedNode()
-            recompute = use_momentum and metric.isotropic and jnp.finfo(p.dtype).bits >= 32
-            return FromMomentum() if recompute else p
+            return FromMomentum() if is_along_momentum and jnp.finfo(p.dtype).bits >= 32 else p
 
         return jax.tree.map(keep, chosen, params)
 
@@ -203,21 +226,23 @@ def one_pass_sam(
         kept = layout(chosen, params)
         base_state = base.init(params)
         around.check_optax_sam(base_state)
-        if any(around.count_links(is_kind, base_state) for is_kind in (_is_one_pass, _is_two_pass)):
+        if any(around.count_links(is_kind, base_state) for is_kind in (_is_one_pass, is_link)):
             raise ValueError(
                 "the base optimizer is sharpness-aware itself: give one_pass_sam what comes after "
                 f"it in the chain. As it is, {around.ONE_LINK}"
             )
         if use_momentum and jax.tree.leaves(params):
             find_momentum(base_state, kept, params)
+        states = init_states(metric, ascent, None, None, mask, params)
         return OnePassState(
             count=jnp.zeros((), jnp.int32),
             base_state=base_state,
-            metric_state=metric.init(perturbed),
+            metric_state=states.metric,
             delta=jax.tree.map(jnp.zeros_like, kept),
             multiple=jnp.zeros((), working_dtype(perturbed)),
             inverse_scale=jnp.zeros((), working_dtype(perturbed)),
             diagnostics=no_diagnostics(),
+            ascent_state=states.ascent,
         )
 
     def update(
@@ -227,32 +252,32 @@ def one_pass_sam(
         if params is None:
             raise ValueError("one_pass_sam needs the params: tx.update(grads, state, params)")
         check_state(state, OnePassState, "one_pass_sam")
-        around.check_last(_is_one_pass, _is_two_pass, state)
+        around.check_last(_is_one_pass, is_link, state)
         params = as_arrays(params)
-        check_params_and_gradient(_without_masked(params), _without_masked(grads))
+        check_params_and_gradient(without_masked(params), without_masked(grads))
         chosen = chosen_leaves(mask, params)
         kept = layout(chosen, params)
-        fits = fits_metric(metric, mask, params, state.metric_state)
-        if not (fits and _describe(kept) == _describe(state.delta)):
-            raise ValueError(ANOTHER)
+        states = SlotStates(state.metric_state, state.ascent_state)
+        fits = fit(states, metric, ascent, None, None, mask, params)
+        if not (fits and describe(kept) == describe(state.delta)):
+            raise ValueError(
+                "the state of one_pass_sam was made with another mask, direction, ascent or kind "
+                "of metric, or for other params. To go on from it, start at the unperturbed "
+                "params: params = unperturbed_params(old_state, params), and the state "
+                "tx.init(params)._replace(base_state=old_state.base_state)"
+            )
 
         held = _held(state, params)
-        theta = _subtract(params, held)
+        theta = subtract(params, held)
         base_updates, base_state = base.update(grads, state.base_state, theta, **extra_args)
         theta = optax.apply_updates(theta, base_updates)
 
         g = select(chosen, find_momentum(base_state, kept, params) if use_momentum else grads)
         count = optax.safe_increment(state.count)
         dtype = state.multiple.dtype
-        ahead = _perturb(
-            metric,
-            jax.tree.map(lambda x: widen(x, dtype), g),
-            select(chosen, theta),
-            state.metric_state,
-            radius(count),
-        )
-        # Leaves that are not perturbed do not enter the norm, but are part of the gradient:
-        # `finite` is exactly one, or NaN.
+        g = jax.tree.map(lambda x: widen(x, dtype), g)
+        ahead = _perturb(metric, ascent, g, select(chosen, theta), states, radius(count))
+        # Leaves that are not perturbed are part of the gradient too: `finite` is exactly one, or NaN.
         others = jax.tree.map(lambda choose, g: None if choose else g, chosen, grads)
         norms = ahead.scaled.unit_norm * scaled_norm(others).unit_norm.astype(dtype)
         finite = jax.lax.stop_gradient(norms / norms)
@@ -260,24 +285,25 @@ def one_pass_sam(
         def move(kept: Any, p: Any, held: Any, t: Any, u: Any, d: Any) -> Any:
             """What y moves by, and the perturbation that it then holds."""
             if is_marker(kept) and not is_from_momentum(kept):
-                return _Move(jax.tree.map(lambda u: u * finite.astype(u.dtype), u), kept)
+                return Move(jax.tree.map(lambda u: u * finite.astype(u.dtype), u), kept)
             v = widen(u, d.dtype) + (d - widen(held, d.dtype))  # u itself where rho is zero
             v = rounded(v.astype(p.dtype))
             if not is_marker(kept):
                 # What 32 bits round goes away again in theta's own rounding, and costs no copy.
                 d = d if jnp.finfo(p.dtype).bits >= 32 else rounded(p + v) - rounded(t)
                 kept = d.astype(p.dtype)
-            return _Move(v * finite.astype(v.dtype), kept)
+            return Move(v * finite.astype(v.dtype), kept)
 
-        moves = _map_kept(move, kept, params, held, theta, base_updates, ahead.delta)
-        return _map_moves(lambda m: m.update, moves), OnePassState(
+        moves = map_kept(move, kept, params, held, theta, base_updates, ahead.delta)
+        return map_moves(lambda m: m.update, moves), OnePassState(
             count=count,
             base_state=base_state,
-            metric_state=ahead.metric_state,
-            delta=_map_moves(lambda m: m.delta, moves),
+            metric_state=ahead.states.metric,
+            delta=map_moves(lambda m: m.delta, moves),
             multiple=ahead.multiple.astype(dtype),
             inverse_scale=ahead.scaled.inverse_scale.astype(dtype),
             diagnostics=ahead.diagnostics,
+            ascent_state=ahead.states.ascent,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -326,7 +352,7 @@ def unperturbed_params(opt_state: chex.ArrayTree, params: Params) -> Params:
 def _unperturbed(state: OnePassState, params: Params) -> Params:
     if jnp.ndim(state.count):  # of an ensemble, whose scalars have its axis too
         return jax.vmap(_unperturbed)(state, params)
-    return _subtract(params, _held(state, params))
+    return subtract(params, _held(state, params))
 
 
 def _held(state: OnePassState, params: Params) -> Params:
@@ -335,65 +361,41 @@ def _held(state: OnePassState, params: Params) -> Params:
         return state.delta
     momentum = find_momentum(state.base_state, state.delta, params)
     delta = tree_scale(state.multiple, tree_scale(state.inverse_scale, momentum))
-    return _map_kept(lambda kept, d: d if is_from_momentum(kept) else kept, state.delta, delta)
-
-
-def _subtract(params: Params, delta: Params) -> Params:
-    """What is left of the params without delta, in the dtypes of the params."""
-    return _map_kept(
-        lambda d, p: p if is_marker(d) else (widen(p, d.dtype) - d).astype(p.dtype), delta, params
-    )
-
-
-class _Move(NamedTuple):
-    update: Any
-    delta: Any
-
-
-def _map_moves(function: Callable[[_Move], Any], moves: Any) -> Any:
-    return jax.tree.map(function, moves, is_leaf=lambda x: isinstance(x, _Move))
+    return map_kept(lambda kept, d: d if is_from_momentum(kept) else kept, state.delta, delta)
 
 
 class _Perturbation(NamedTuple):
-    """delta = multiple * scaled.unit if the metric is isotropic, and what goes with it."""
+    """delta = multiple * scaled.unit if it is along g, and what goes with it."""
 
     delta: Params
     multiple: jax.Array
     scaled: ScaledNorm
-    metric_state: State
+    states: SlotStates
     diagnostics: Diagnostics
 
 
 def _perturb(
-    metric: Metric, g: Grads, theta: Params, metric_state: State, rho: chex.Numeric
+    metric: MetricOrFunction,
+    ascent: optax.GradientTransformation | None,
+    g: Grads,
+    theta: Params,
+    states: SlotStates,
+    rho: chex.Numeric,
 ) -> _Perturbation:
-    ascent, metric_state = metric.ascent(g, theta, metric_state)
-    k, tangent, scaled = ascent_multiple(ascent, rho), ascent.tangent, scaled_norm(g)
+    metric = metric_at(rho, metric)
+    up, ascent_state = transform(ascent, g, states.ascent, theta)
+    steepest, metric_state = metric.ascent(up, theta, states.metric)
+    k, tangent, scaled = ascent_multiple(steepest, rho), steepest.tangent, scaled_norm(g)
     multiple = k * euclidean_norm(tangent, k.dtype) / scaled.unit_norm
-    delta = tree_scale(multiple, scaled.unit) if metric.isotropic else tree_scale(k, tangent)
-    diagnostics = diagnose(scaled.norm, ascent, k, rho, isotropic=metric.isotropic)
-    return _Perturbation(delta, multiple, scaled, metric_state, diagnostics)
-
-
-def _describe(delta: Params) -> list[Any]:
-    """What the state keeps of every leaf."""
-    leaves = jax.tree.leaves(delta, is_leaf=is_marker)
-    return [type(x) if is_marker(x) else (jnp.shape(x), x.dtype) for x in leaves]
+    is_along_g = ascent is None and metric.isotropic
+    delta = tree_scale(multiple, scaled.unit) if is_along_g else tree_scale(k, tangent)
+    diagnostics = diagnose(
+        scaled, steepest, k, rho, isotropic=metric.isotropic, transformed=ascent is not None
+    )
+    return _Perturbation(
+        delta, multiple, scaled, SlotStates(metric_state, ascent_state), diagnostics
+    )
 
 
 def _is_one_pass(x: Any) -> bool:
     return isinstance(x, OnePassState)
-
-
-def _is_two_pass(x: Any) -> bool:
-    return isinstance(x, SharpnessAwareState)
-
-
-def _map_kept(function: Callable[..., Any], kept: Params, *trees: Any) -> Any:
-    """Maps over the leaves of `kept`, markers among them, and what the other trees have there."""
-    return jax.tree.map(function, kept, *trees, is_leaf=is_marker)
-
-
-def _without_masked(tree: Any) -> Any:
-    """`tree` with None for what Optax has masked."""
-    return _map_kept(lambda x: None if is_marker(x) else x, tree)

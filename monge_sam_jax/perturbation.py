@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -10,16 +10,23 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from monge_sam_jax._core.checks import (
-    broadcast_prefix,
     check_nonnegative,
     check_params_and_gradient,
     check_second_gradient,
 )
 from monge_sam_jax._core.collectives import average_varying, check_varying, make_varying
-from monge_sam_jax._core.injection import NOT_A_SCHEDULE
-from monge_sam_jax._core.numerics import as_arrays, scaled_norm, tree_scale, widen
+from monge_sam_jax._core.masks import Mask, broadcast_mask, chosen_leaves, merge, select
+from monge_sam_jax._core.numerics import (
+    as_arrays,
+    scaled_norm,
+    tree_scale,
+    widen,
+    widened,
+)
+from monge_sam_jax.descent import Descent
 from monge_sam_jax.diagnostics import (
     Diagnostics,
     MeasuredDiagnostics,
@@ -27,24 +34,25 @@ from monge_sam_jax.diagnostics import (
     diagnose,
 )
 from monge_sam_jax.metrics import Ascent, Grads, Metric, Params, State, stateless
+from monge_sam_jax.when import WhenRule
 
-__all__ = ["AxisName", "Mask", "When", "worst_case_perturbation"]
+__all__ = ["AxisName", "Mask", "MetricOrFunction", "worst_case_perturbation"]
 __dir__ = __all__.copy
 
-# A tree of bools, a prefix of the params; or a function of the params that returns one.
-Mask: TypeAlias = Any
 AxisName: TypeAlias = Hashable
-When: TypeAlias = Callable[[jax.Array], "bool | jax.Array"]  # of the number of updates so far
+# A metric, or a function of rho that returns one, always of the same state.
+MetricOrFunction: TypeAlias = "Metric | Callable[[chex.Numeric], Metric]"
+Decide: TypeAlias = "Callable[[Grads, State], tuple[bool | jax.Array, State]]"
 
 
 def check_ball(metric: Any, rho: Any, *, schedule_allowed: bool) -> None:
     """Raises unless metric and rho describe a ball; traced values and schedules pass unchecked.
 
     Raises:
-      TypeError: metric is no `Metric`, or rho no real number.
+      TypeError: metric is no `Metric` and no function, or rho no real number.
       ValueError: rho is negative, NaN, infinite or not a scalar.
     """
-    if not isinstance(metric, Metric):
+    if not (isinstance(metric, Metric) or callable(metric)):
         raise TypeError(f"metric must be a Metric such as monge(), got {metric!r}")
     if not callable(rho):
         check_nonnegative("rho", rho)
@@ -52,21 +60,29 @@ def check_ball(metric: Any, rho: Any, *, schedule_allowed: bool) -> None:
         raise TypeError("rho must be a number; a schedule needs the count of sharpness_aware")
 
 
-def check_mask(mask: Mask) -> None:
-    """Raises ValueError if the mask is a single leaf that chooses nothing."""
-    if mask is None or callable(mask) or not jax.tree_util.all_leaves([mask]):
-        return
-    if not (isinstance(mask, (bool, np.bool_)) and mask):
-        raise ValueError(
-            f"mask={mask!r} leaves nothing to perturb: it must be a tree of bools, or a function "
-            f"of the params that returns one. {NOT_A_SCHEDULE}"
+def check_slots(ascent: Any, descent: Any) -> None:
+    """Raises TypeError unless ascent and descent are what they are called, or None."""
+    if not (ascent is None or isinstance(ascent, optax.GradientTransformation)):
+        raise TypeError(
+            "ascent must be an optax.GradientTransformation of the first gradient, such as "
+            f"optax.ema(0.9), got {ascent!r}"
         )
+    if not (descent is None or isinstance(descent, Descent)):
+        raise TypeError(f"descent must be a Descent such as surrogate_gap(), got {descent!r}")
 
 
-def check_when(when: Any) -> None:
-    """Raises TypeError unless it is None or a function."""
-    if when is not None and not callable(when):
-        raise TypeError(f"when must be a function of the count, got {when!r}. {NOT_A_SCHEDULE}")
+def metric_at(rho: chex.Numeric, metric: MetricOrFunction) -> Metric:
+    """The metric, or what the function makes of rho.
+
+    Raises:
+      TypeError: the function returns no `Metric`.
+    """
+    if isinstance(metric, Metric):
+        return metric
+    made = metric(rho)
+    if not isinstance(made, Metric):
+        raise TypeError(f"metric, a function of rho, must return a Metric, got {made!r}")
+    return made
 
 
 def worst_case_perturbation(
@@ -116,41 +132,81 @@ def ascent_multiple(ascent: Ascent, rho: chex.Numeric) -> jax.Array:
     return jnp.asarray(rho, dtype) / jnp.asarray(ascent.length, dtype)
 
 
+class SlotStates(NamedTuple):
+    """The states of what a sharpness-aware gradient is made of."""
+
+    metric: State = ()
+    ascent: State = ()
+    descent: State = ()
+    when: State = ()
+
+
 class RobustGradient(NamedTuple):
-    """The gradient at the perturbed params, and what was learnt on the way."""
+    """What is followed, and what was learnt on the way."""
 
     grads: Grads
-    metric_state: State
+    states: SlotStates
     diagnostics: Diagnostics | MeasuredDiagnostics
 
 
 def robust_gradient_when(
-    when: bool | jax.Array,
+    when: bool | jax.Array | Decide,
     grad_fn: Callable[[Params], Grads],
-    grads: Grads,
+    first: Grads,
     params: Params,
     *,
-    metric_state: State,
+    states: SlotStates,
     last: Diagnostics | MeasuredDiagnostics,
+    descent: Descent | None = None,
     axis_name: AxisName | None = None,
+    sync_perturbation: bool = True,
     **options: Any,
 ) -> RobustGradient:
-    """`robust_gradient` where `when` is true; elsewhere `grads`, for the price of one gradient.
+    """`robust_gradient` where `when` is true; elsewhere `first`, for the price of one gradient.
 
-    `last` are the diagnostics that it keeps then.
+    Args:
+      when: whether to perturb; traced or not, or to be asked.
+      grad_fn: params -> gradient.
+      first: the gradient at theta; with `axis_name`, that of this device's share of the batch.
+      params: theta.
+      states: where nothing is perturbed, those of metric and ascent stay.
+      last: the diagnostics that are kept where nothing is perturbed.
+      descent: see `sharpness_aware`, like what follows.
+      axis_name: see there.
+      sync_perturbation: see there.
+      **options: of `robust_gradient`.
+
+    Returns:
+      What is followed, averaged over the axis.
     """
+    check_params_and_gradient(params, first)
+    params, first = as_arrays((params, first))
+    if axis_name is not None:
+        check_varying(first, axis_name, source="the gradient given to update")
+        if sync_perturbation:
+            first = jax.lax.pmean(first, axis_name)
+
+    def mean_over_axis(tree: Any) -> Any:
+        return tree if axis_name is None or sync_perturbation else jax.lax.pmean(tree, axis_name)
 
     def perturb() -> RobustGradient:
-        return robust_gradient(
-            grad_fn, grads, params, metric_state=metric_state, axis_name=axis_name, **options
+        robust = robust_gradient(
+            grad_fn, first, params, states, axis_name, sync_perturbation, **options
         )
+        if descent is None:
+            return robust
+        followed, state = descent.follow(mean_over_axis(first), robust.grads, states.descent)
+        return robust._replace(grads=followed, states=robust.states._replace(descent=state))
 
     def pass_on() -> RobustGradient:
-        _check_first(params, grads, axis_name)
-        own = as_arrays(grads)
-        mean = own if axis_name is None else jax.lax.pmean(own, axis_name)
-        return RobustGradient(mean, metric_state, last)
+        followed, state = mean_over_axis(first), states.descent
+        if descent is not None:
+            followed, state = descent.between(followed, state)
+        return RobustGradient(followed, states._replace(descent=state), last)
 
+    if callable(when):
+        when, state = when(mean_over_axis(first), states.when)
+        states = states._replace(when=state)
     if isinstance(when, (bool, np.bool_)):
         return perturb() if when else pass_on()
     return jax.lax.cond(when, perturb, pass_on)
@@ -160,31 +216,28 @@ def robust_gradient(
     grad_fn: Callable[[Params], Grads],
     grads: Grads,
     params: Params,
+    states: SlotStates,
+    axis_name: AxisName | None,
+    sync_perturbation: bool,
     *,
-    metric: Metric,
-    metric_state: State,
+    metric: MetricOrFunction,
     rho: chex.Numeric,
+    ascent: optax.GradientTransformation | None = None,
     mask: Mask = None,
     measure: bool = False,
     widen_params: bool = False,
-    axis_name: AxisName | None = None,
-    sync_perturbation: bool = True,
 ) -> RobustGradient:
     """The gradient at theta + delta*, with delta* from `grads`, the gradient at theta.
 
-    `sharpness_aware` explains the arguments. With `axis_name`, `grads` is what this device found
-    for its share of the batch, and what is returned is averaged over the axis.
+    `sharpness_aware` explains the arguments.
     """
-    _check_first(params, grads, axis_name)
-    params, grads = as_arrays((params, grads))
-    if axis_name is not None and sync_perturbation:
-        grads = jax.lax.pmean(grads, axis_name)
-
     chosen = broadcast_mask(mask, params)
     theta, g = select(chosen, params), select(chosen, grads)
-    ascent, metric_state = metric.ascent(g, theta, metric_state)
-    k = ascent_multiple(ascent, rho)
-    delta = tree_scale(k, ascent.tangent)
+    metric = metric_at(rho, metric)
+    up, ascent_state = transform(ascent, g, states.ascent, theta)
+    steepest, metric_state = metric.ascent(up, theta, states.metric)
+    k = ascent_multiple(steepest, rho)
+    delta = tree_scale(k, steepest.tangent)
 
     def perturb(p: jax.Array, d: jax.Array) -> jax.Array:
         wide = widen(p, d.dtype) + d
@@ -202,24 +255,34 @@ def robust_gradient(
     second = jax.tree.map(lambda s: s * finite.astype(s.dtype), second)
 
     diagnostics: Diagnostics | MeasuredDiagnostics
-    diagnostics = basic = diagnose(g_norm.norm, ascent, k, rho, isotropic=metric.isotropic)
+    diagnostics = basic = diagnose(
+        g_norm, steepest, k, rho, isotropic=metric.isotropic, transformed=ascent is not None
+    )
     if measure:
         realised = jax.tree.map(
             lambda q, p, d: widen(q, d.dtype) - widen(p, d.dtype), perturbed, theta, delta
         )
         diagnostics = add_measurements(basic, g, select(chosen, second), delta, realised)
+    states = states._replace(metric=metric_state, ascent=ascent_state)
     if axis_name is not None:
         if sync_perturbation:  # equal on all devices, but varying for JAX if the params are
-            diagnostics = average_varying(diagnostics, axis_name)
+            states, diagnostics = average_varying((states, diagnostics), axis_name)
         else:
             second, diagnostics = jax.lax.pmean((second, diagnostics), axis_name)
-    return RobustGradient(second, metric_state, diagnostics)
+            states = jax.tree.map(
+                lambda x: (
+                    jax.lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+                ),
+                states,
+            )
+    return RobustGradient(second, states, diagnostics)
 
 
-def _check_first(params: Params, grads: Grads, axis_name: AxisName | None) -> None:
-    check_params_and_gradient(params, grads)
-    if axis_name is not None:
-        check_varying(grads, axis_name, source="the gradient given to update")
+def transform(
+    ascent: optax.GradientTransformation | None, g: Grads, state: State, theta: Params
+) -> tuple[Grads, State]:
+    """What takes the place of the gradient for the metric, and the state."""
+    return (g, state) if ascent is None else ascent.update(widened(g), state, widened(theta))
 
 
 def _evaluate(
@@ -235,64 +298,63 @@ def _evaluate(
     return jax.tree.map(lambda f, s: s.astype(f.dtype), first, second)
 
 
-def broadcast_mask(mask: Mask, params: Params) -> Any:
-    """A bool for every leaf of the params, or None where all of them are perturbed."""
-    if mask is None:
-        return None
-    tree = _evaluate_mask(mask, params) if callable(mask) else mask
-
-    chosen = broadcast_prefix("mask must be a tree of bools", tree, params)
-    for leaf in jax.tree.leaves(chosen):
-        if not isinstance(leaf, (bool, np.bool_)):
-            raise TypeError(f"the leaves of mask must be bools, got {leaf!r}")
-    return jax.tree.map(bool, chosen)
-
-
-def _evaluate_mask(mask: Callable[..., Any], params: Params) -> Any:
-    try:
-        inspect.signature(mask).bind(params)
-    except TypeError as error:
-        raise TypeError(
-            f"mask must be a function of the params that returns a tree of bools, but {error}. One "
-            "of path and leaf is mapped over them: "
-            "mask=lambda params: jax.tree.map_with_path(function, params)"
-        ) from None
-    except ValueError:  # some callables written in C have no signature
-        pass
-    return mask(params)
-
-
-def chosen_leaves(mask: Mask, params: Params) -> Any:
-    """A bool for every leaf of the params: whether it is perturbed."""
-    # Optax looks for what is like the params in a state by `init` on a placeholder without leaves.
-    return broadcast_mask(True if mask is None or not jax.tree.leaves(params) else mask, params)
-
-
-def init_metric(metric: Metric, mask: Mask, params: Params) -> State:
-    """A fresh state of the metric, for the leaves that are perturbed."""
+def init_states(
+    metric: MetricOrFunction,
+    ascent: optax.GradientTransformation | None,
+    descent: Descent | None,
+    rule: WhenRule | None,
+    mask: Mask,
+    params: Params,
+) -> SlotStates:
+    """Fresh states: of metric and ascent for the leaves that are perturbed, of descent for all."""
     params = as_arrays(params)
-    return metric.init(select(chosen_leaves(mask, params), params))
+    perturbed = select(chosen_leaves(mask, params), params)
+    return SlotStates(
+        metric_at(1.0, metric).init(perturbed),
+        () if ascent is None else ascent.init(widened(perturbed)),
+        () if descent is None else descent.init(widened(params)),
+        () if rule is None else rule.init(),
+    )
 
 
-def fits_metric(metric: Metric, mask: Mask, params: Params, metric_state: State) -> bool:
-    """Whether the state is of the form that the metric would make."""
-    if metric.init is stateless:
-        expected = stateless(params)
+def fit(
+    states: SlotStates,
+    metric: MetricOrFunction,
+    ascent: optax.GradientTransformation | None,
+    descent: Descent | None,
+    rule: WhenRule | None,
+    mask: Mask,
+    params: Params,
+) -> bool:
+    """Whether the states are of the form that `init_states` would make."""
+    others = (ascent, descent, rule)
+    if others == (None, None, None) and metric_at(1.0, metric).init is stateless:
+        expected = SlotStates()
     else:
-        expected = jax.eval_shape(lambda p: init_metric(metric, mask, p), params)
+        make = functools.partial(init_states, metric, *others, mask)
+        expected = jax.eval_shape(make, params)
     structure: Any = jax.tree.structure(expected)
-    return structure == jax.tree.structure(metric_state)
+    return structure == jax.tree.structure(states)
 
 
-def select(chosen: Any, tree: Any) -> Any:
-    """`tree` with None at the leaves that are not chosen."""
-    if chosen is None:
-        return tree
-    return jax.tree.map(lambda choose, leaf: leaf if choose else None, chosen, tree)
+def fresh_states(
+    metric: MetricOrFunction,
+    ascent: optax.GradientTransformation | None,
+    descent: Descent | None,
+    mask: Mask,
+    params: Params,
+) -> SlotStates:
+    """As `init_states`, for a function that keeps nothing from one call to the next.
 
-
-def merge(chosen: Any, selected: Any, tree: Any) -> Any:
-    """`tree` with the chosen leaves taken from `selected`."""
-    if chosen is None:
-        return selected
-    return jax.tree.map(lambda choose, s, leaf: s if choose else leaf, chosen, selected, tree)
+    Raises:
+      ValueError: one of them has a state with arrays.
+    """
+    states = init_states(metric, ascent, descent, None, mask, params)
+    for name, state in states._asdict().items():
+        if jax.tree.leaves(state):
+            raise ValueError(
+                f"the {name} keeps a state from step to step, and a function without memory would "
+                f"begin it anew at each call: use sharpness_aware(grad_fn, {name}=...), first in "
+                "an optax.chain"
+            )
+    return states

@@ -48,6 +48,19 @@ def check_nonnegative(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite and not negative, got {value!r}")
 
 
+def check_fraction(name: str, value: Any, *, zero: bool = True, one: bool = False) -> None:
+    """As `check_nonnegative`, and raises ValueError unless `value` is between zero and one.
+
+    `zero` and `one` say whether those are allowed.
+    """
+    check_nonnegative(name, value)
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not (value < 1 or (one and value == 1)) or not (zero or value > 0):
+        allowed = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
+        raise ValueError(f"{name} must be in {allowed}, got {value!r}")
+
+
 def check_positive(name: str, value: Any, *, zero: str) -> None:
     """As `check_nonnegative`, and raises ValueError if `value` is zero, with the advice `zero`."""
     check_nonnegative(name, value)
@@ -182,6 +195,26 @@ def _check_same_form(
 
 def _at(path: tuple[Any, ...]) -> str:
     return f"at params{jax.tree_util.keystr(path)}"
+
+
+OF_TWO_PASSES = {
+    "descent": ": it has one gradient to follow, not two. Use sharpness_aware(descent=...)",
+    "period": ": it takes one gradient at every update, so perturbing seldom saves nothing. To "
+    "perturb at some updates alone, when=lambda count: count % 2 == 0",
+    "measure": ": there is no second gradient to measure with. Use sharpness_aware(measure=True)",
+    "grad_fn": ": it needs no gradient function; update gets the gradient at the params",
+    "axis_name": ": average the gradient over the axis before you give it to update",
+    "alpha": ": give it to the metric, metric=monge(alpha=...)",
+    "loss_budget": ": metric=lambda rho: monge(alpha=rho / loss_budget) is one",
+}
+
+
+def check_of_one_pass(options: Mapping[str, Any]) -> None:
+    """Raises TypeError if there are options that `one_pass_sam` does not take."""
+    for name in options:
+        raise TypeError(
+            f"one_pass_sam takes no {name}" + OF_TWO_PASSES.get(name, "; see help(one_pass_sam)")
+        )
 
 
 CAUSES = (

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 Builder = TypeVar("Builder", bound=Callable[..., Any])
-FUNCTIONS = ("grad_fn", "mask", "when")
+FUNCTIONS = ("grad_fn", "mask", "when", "metric")
 NOT_A_SCHEDULE = (
     "optax.inject_hyperparams takes every function for a schedule of the count: tell it which are "
     'none, optax.inject_hyperparams(monge_sam, static_args=("grad_fn", "mask"))(...)'
@@ -36,10 +36,11 @@ class InjectableSignature(inspect.Signature):
 
 
 def injectable(builder: Builder) -> Builder:
-    """`builder` with functions among its options that are no schedules."""
+    """`builder` with functions among its options that are no schedules; without `**options`."""
     signature = inspect.signature(builder)
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     builder.__signature__ = InjectableSignature(  # type: ignore[attr-defined]
-        list(signature.parameters.values()), return_annotation=signature.return_annotation
+        named, return_annotation=signature.return_annotation
     )
     return builder
 

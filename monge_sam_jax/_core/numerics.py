@@ -56,6 +56,17 @@ def widen(leaf: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return leaf.astype(_promote(leaf.dtype, dtype))
 
 
+def widened(tree: PyTree) -> PyTree:
+    """`tree` with every leaf in float32 or wider; the leaves may be `jax.ShapeDtypeStruct`s."""
+
+    def wide(leaf: Any) -> Any:
+        dtype = _promote(leaf.dtype, working_dtype(leaf))
+        is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+        return leaf.update(dtype=dtype) if is_shape else leaf.astype(dtype)
+
+    return jax.tree.map(wide, tree)
+
+
 def _promote(*dtypes: jnp.dtype) -> jnp.dtype:
     with jax.numpy_dtype_promotion("standard"):  # the casts are explicit, so strict mode has no say
         return jnp.result_type(*dtypes)
