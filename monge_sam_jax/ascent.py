@@ -106,6 +106,7 @@ def z_score(top: float = 0.05) -> optax.GradientTransformation:
         scaled = scaled_norm(g)  # whose mean is in range
         distance = jnp.abs(scaled.unit - jnp.mean(scaled.unit))
         threshold = jnp.quantile(distance, 1 - top, method="higher")
+        threshold *= 1 - 8 * jnp.finfo(distance.dtype).eps  # those of a pair are equal
         # A comparison with NaN is false, which would hide a gradient that is not finite.
         return jnp.where(distance >= threshold, g, scaled.unit * 0)
 

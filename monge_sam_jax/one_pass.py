@@ -208,7 +208,6 @@ def one_pass_sam(
 
     def layout(chosen: Any, params: Params) -> Params:
         """What the state keeps of delta: of some leaves nothing."""
-
         is_along_momentum = use_momentum and ascent is None and metric_at(1.0, metric).isotropic
 
         def keep(choose: bool, p: Any) -> Any:
@@ -277,7 +276,7 @@ def one_pass_sam(
         dtype = state.multiple.dtype
         g = jax.tree.map(lambda x: widen(x, dtype), g)
         ahead = _perturb(metric, ascent, g, select(chosen, theta), states, radius(count))
-        # Leaves that are not perturbed are part of the gradient too: `finite` is exactly one, or NaN.
+        # Leaves that are not perturbed may be not finite too: `finite` is exactly one, or NaN.
         others = jax.tree.map(lambda choose, g: None if choose else g, chosen, grads)
         norms = ahead.scaled.unit_norm * scaled_norm(others).unit_norm.astype(dtype)
         finite = jax.lax.stop_gradient(norms / norms)

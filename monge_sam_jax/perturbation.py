@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -52,8 +53,13 @@ def check_ball(metric: Any, rho: Any, *, schedule_allowed: bool) -> None:
       TypeError: metric is no `Metric` and no function, or rho no real number.
       ValueError: rho is negative, NaN, infinite or not a scalar.
     """
-    if not (isinstance(metric, Metric) or callable(metric)):
-        raise TypeError(f"metric must be a Metric such as monge(), got {metric!r}")
+    # A constructor without its parentheses is a function too, of something else.
+    of_rho = callable(metric) and list(inspect.signature(metric).parameters) == ["rho"]
+    if not (isinstance(metric, Metric) or of_rho):
+        raise TypeError(
+            "metric must be a Metric such as monge(), or a function of rho that returns one, such "
+            f"as lambda rho: monge(alpha=rho), got {metric!r}"
+        )
     if not callable(rho):
         check_nonnegative("rho", rho)
     elif not schedule_allowed:

@@ -446,7 +446,9 @@ def test_the_state_of_another_one_pass(name):
     old, new, old_options, new_options = CHANGES[name]
     params, state = run(old(base(), **old_options), 3)
     tx = new(base(), **new_options)
-    with pytest.raises(ValueError, match=r"another mask, direction or kind of metric.*base_state"):
+    with pytest.raises(
+        ValueError, match=r"another mask, direction, ascent or kind of metric.*base_state"
+    ):
         tx.update(gradient(params), state, params)
     theta = ms.unperturbed_params(state, params)
     fresh = tx.init(theta)._replace(base_state=state.base_state)

@@ -226,7 +226,7 @@ def test_inject_hyperparams_takes_it_for_no_schedule():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"when": 5}, TypeError, "when must be a function of the count, got 5"),
+        ({"when": 5}, TypeError, "when must be a function of the count, or a rule"),
         ({"when": late, "period": 5}, ValueError, "both say when to perturb"),
     ],
 )
