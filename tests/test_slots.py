@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from reference import flat
 from trajectories import make_mesh, vary
@@ -616,7 +617,7 @@ def test_the_state_of_other_parts_is_refused():
 @pytest.mark.parametrize("sync", [True, False])
 def test_slots_over_devices(sync):
     """Synchronised as one device; per device with the parts that see averages the same on all."""
-    mesh = make_mesh({"data": 8})
+    mesh = make_mesh(AxisType.Auto, data=8)
     batch = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), jnp.float32)
     params = {"w": jnp.array([0.5, -1.0, 2.0])}
 
@@ -637,7 +638,7 @@ def test_slots_over_devices(sync):
         jax.shard_map, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=(P(), P())
     )
     def update(params, state, batch):
-        varying = vary(params, "data")
+        varying = vary(params)
         return tx.update(grad_fn(varying, batch), state, params, batch=batch)
 
     single = ms.sharpness_aware(grad_fn, **options)
