@@ -6,6 +6,7 @@ The builders `monge_sam`, `sam`, `adaptive_sam` and `fisher_sam` go first in an 
 
 import monge_sam_jax._core.interruption  # noqa: F401 - first: Ctrl-C while the rest is loaded
 from monge_sam_jax.composite import grouped as grouped
+from monge_sam_jax.composite import layerwise as layerwise
 from monge_sam_jax.composite import scaled as scaled
 from monge_sam_jax.diagnostics import Diagnostics as Diagnostics
 from monge_sam_jax.diagnostics import MeasuredDiagnostics as MeasuredDiagnostics

@@ -42,7 +42,7 @@ by a fixed positive diagonal:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import chex
 import jax
@@ -115,17 +115,26 @@ class Metric(NamedTuple):
         what `jax.grad` returns.
       isotropic: whether :math:`G^{-1} g` is a multiple of g, by one scalar for all leaves, so that
         `one_pass_sam` may recompute a perturbation in place of storing it.
+      linear: whether G depends on params and state alone, so that :math:`G^{-1} g` is linear in g:
+        what `averaged_monge` needs of its base.
     """
 
     init: Callable[[Params], State]
     ascent: Callable[[Grads, Params, State], tuple[Ascent, State]]
     isotropic: bool = False
+    linear: bool = False
 
 
 def stateless(params: Params) -> State:
     """`Metric.init` of a metric without state."""
     del params
     return ()
+
+
+def check_base(name: str, metric: Any) -> None:
+    """Raises TypeError unless the argument of that name is a `Metric`."""
+    if not isinstance(metric, Metric):
+        raise TypeError(f"{name} must be a Metric such as euclidean(), got {metric!r}")
 
 
 def euclidean() -> Metric:
@@ -150,7 +159,7 @@ def euclidean() -> Metric:
         g = scaled_norm(grads)
         return Ascent(g.unit, dual_norm=g.norm, length=g.unit_norm), state
 
-    return Metric(stateless, ascent, isotropic=True)
+    return Metric(stateless, ascent, isotropic=True, linear=True)
 
 
 def adaptive(eta: chex.Numeric = 0.01) -> Metric:
@@ -196,7 +205,7 @@ def adaptive(eta: chex.Numeric = 0.01) -> Metric:
         dual_norm = bounded_product(h.divided(g.inverse_scale), jnp.asarray(8, dtype))
         return Ascent(tangent, dual_norm, length=h.unit_norm * h.scale), state
 
-    return Metric(stateless, ascent)
+    return Metric(stateless, ascent, linear=True)
 
 
 def diagonal_fisher(eta: chex.Numeric = 1.0) -> Metric:
@@ -295,8 +304,7 @@ def monge(base: Metric = euclidean(), alpha: chex.Numeric = 1.0) -> Metric:  # n
     Array([0.3, 0.4], dtype=float32)
     """
     check_nonnegative("alpha", alpha)
-    if not isinstance(base, Metric):
-        raise TypeError(f"base must be a Metric such as euclidean(), got {base!r}")
+    check_base("base", base)
 
     def ascent(grads: Grads, params: Params, state: State) -> tuple[Ascent, State]:
         base_ascent, state = base.ascent(grads, params, state)
@@ -362,4 +370,4 @@ def pullback(
         length = jnp.sqrt(jnp.maximum(inner_product(g.unit, v, dtype), jnp.finfo(dtype).tiny))
         return Ascent(v, dual_norm=g._replace(unit_norm=length).norm, length=length), state
 
-    return Metric(stateless, ascent)
+    return Metric(stateless, ascent, linear=True)
