@@ -21,6 +21,8 @@ from monge_sam_jax.metrics import diagonal_fisher as diagonal_fisher
 from monge_sam_jax.metrics import euclidean as euclidean
 from monge_sam_jax.metrics import monge as monge
 from monge_sam_jax.metrics import pullback as pullback
+from monge_sam_jax.norms import spectral as spectral
+from monge_sam_jax.norms import supremum as supremum
 from monge_sam_jax.one_pass import one_pass_sam as one_pass_sam
 from monge_sam_jax.one_pass import unperturbed_params as unperturbed_params
 from monge_sam_jax.parallel import accumulated as accumulated

@@ -29,7 +29,6 @@ from monge_sam_jax.metrics import (
     State,
     check_base,
     euclidean,
-    stateless,
 )
 
 __all__ = ["Labels", "grouped", "layerwise", "scaled"]
@@ -118,24 +117,25 @@ def layerwise(base: Metric = euclidean()) -> Metric:  # noqa: B008
 
     def init(params: Params) -> State:
         leaves, tree = jax.tree.flatten(params)
-        if base.init is stateless or not leaves:
+        if not leaves:
             return base.init(params)
         states = [base.init(leaf) for leaf in leaves]
-        return jax.tree.map(lambda *parts: tree.unflatten(parts), *states)
+        return jax.tree.map(lambda *parts: jax.tree.unflatten(tree, parts), *states)
 
     def ascent(grads: Grads, params: Params, state: State) -> tuple[Ascent, State]:
-        gradients, tree = jax.tree.flatten(grads)
-        leaves = tree.flatten_up_to(params)
-        form = jax.tree.structure(jax.eval_shape(base.init, leaves[0]) if leaves else ())
-        parts = [jax.tree.leaves(part) for part in form.flatten_up_to(state)] if leaves else []
+        tree: Any = jax.tree.structure(grads)
+        leaves = list(zip(jax.tree.leaves(grads), tree.flatten_up_to(params), strict=True))
+        form: Any = jax.tree.structure(jax.eval_shape(base.init, leaves[0][1]) if leaves else state)
+        parts = [tree.flatten_up_to(part) for part in form.flatten_up_to(state)] if leaves else []
+        # A base without any part of a state has the same one for each leaf.
         states = [form.unflatten(own) for own in zip(*parts, strict=True)] or [state] * len(leaves)
-        found = [base.ascent(*own) for own in zip(gradients, leaves, states, strict=True)]
+        found = [base.ascent(*leaf, own) for leaf, own in zip(leaves, states, strict=True)]
+        if parts:
+            state = jax.tree.map(lambda *own: tree.unflatten(own), *(after for _, after in found))
 
         tangents, dual_norm, length = product_of_balls(
             [ascent for ascent, _ in found], working_dtype(grads)
         )
-        if parts:
-            state = jax.tree.map(lambda *own: tree.unflatten(own), *(after for _, after in found))
         return Ascent(tree.unflatten(tangents), dual_norm, length), state
 
     return Metric(init, ascent)
@@ -239,4 +239,3 @@ def _labels_of_leaves(labels: Labels, params: Params, metrics: Mapping[Hashable,
 def _part(of: Any, label: Hashable, tree: Any) -> Any:
     """`tree` with None for leaves of other groups."""
     return jax.tree.map(lambda own, leaf: leaf if own == label else None, of, tree)
-
