@@ -28,8 +28,8 @@ def preconditioned(tx: optax.GradientTransformation) -> Metric:
     where P g is what tx makes of the gradient, state and params: the ball is long where the
     optimizer takes long steps. P has to be positive, as that of `optax.scale_by_rms`,
     `optax.scale_by_adam` with b1=0 and the like: no learning rate, which is negative, and no
-    momentum, by which P g may point down. Where :math:`g^\top P g` is not positive although g is not
-    zero there is no such ball, and the perturbation is NaN.
+    momentum, by which P g may point down. Where :math:`g^\top P g` is not positive although g is
+    not zero there is no such ball, and the perturbation is NaN.
 
     Args:
       tx: an Optax transformation. It gets the gradient, its own state and the params, every leaf in
