@@ -292,7 +292,9 @@ def _ascent(
             jnp.where(is_apart, 0.0, a * along),
         ]
     )
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(parts)))
+    # A power of two: products and quotients at the end of the range do not round beyond it.
+    largest = jax.lax.stop_gradient(jnp.minimum(jnp.max(jnp.abs(parts)), 1 / jnp.finfo(dtype).tiny))
+    largest = jax.lax.reduce_precision(largest, jnp.finfo(dtype).nexp, 0)
     lift = jnp.sqrt(jnp.sum((parts / largest) ** 2) + jnp.sum(rhs * x) / largest / largest)
     tangent = jax.tree.map(
         lambda own, w: own - jnp.sum(w, axis=0),

@@ -28,8 +28,8 @@ def preconditioned(tx: optax.GradientTransformation) -> Metric:
     where P g is what tx makes of the gradient, state and params: the ball is long where the
     optimizer takes long steps. P has to be positive, as that of `optax.scale_by_rms`,
     `optax.scale_by_adam` with b1=0 and the like: no learning rate, which is negative, and no
-    momentum, by which P g may point down. Where :math:`g^\top P g` is not positive although g is
-    not zero there is no such ball, and the perturbation is NaN.
+    momentum, by which P g may point down. Where :math:`g^\top P g` is not positive although g and
+    P g are not zero there is no such ball, and the perturbation is NaN.
 
     Args:
       tx: an Optax transformation. It gets the gradient, its own state and the params, every leaf in
@@ -61,14 +61,14 @@ def preconditioned(tx: optax.GradientTransformation) -> Metric:
         g, v = scaled_norm(grads), scaled_norm(scaled)
         dtype = jnp.promote_types(g.unit_norm.dtype, v.unit_norm.dtype)
         product = inner_product(g.unit, v.unit, dtype)
-        nonzero = g.inverse_scale.astype(dtype) != 0
+        nonzero = (g.inverse_scale != 0) & (v.inverse_scale != 0)
         is_defined = product > 0
         root = jnp.sqrt(jnp.where(is_defined, product, 1.0))
         root = jnp.where(is_defined | ~nonzero, root, jnp.nan)  # also if something is not finite
 
         roots = jnp.sqrt(g.scale.astype(dtype)), jnp.sqrt(v.scale.astype(dtype))
         norm = bounded_quotient(bounded_quotient(jnp.where(nonzero, root, 0.0), roots[0]), roots[1])
-        tangent = tree_scale(jnp.where(nonzero, root / root, 0.0), v.unit)  # zero for a zero g
+        tangent = tree_scale(jnp.where(nonzero, root / root, 0.0), v.unit)  # zero for g or P g zero
         after = keep_unless(jnp.isfinite(g.unit_norm), after, state)
         return Ascent(tangent, norm, length=root * roots[1] / roots[0]), after
 
