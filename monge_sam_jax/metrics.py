@@ -16,7 +16,22 @@ metric                    G                                       method
 `adaptive(eta)`           diag(1 / (abs(theta) + eta)^2)          ASAM (Kwon et al. 2021)
 `diagonal_fisher(eta)`    diag(1 + eta g^2)                       Fisher SAM (Kim et al. 2022)
 `monge(base, alpha)`      M + alpha^2 g g^T, M the base's metric  Monge SAM (eq. 6)
+`averaged_monge(r)`       M + alpha^2 / r sum_i g_i g_i^T         Monge SAM, over the last r steps
+`averaged_monge_over(g)`  the same, of given gradients            Monge SAM, over micro-batches
 `pullback(phi)`           J^T J, J the Jacobian of phi            SAM in the coordinates phi(psi)
+`preconditioned(tx)`      P^-1, P what tx does to a gradient      SAM in the ball of an optimizer
+========================  ======================================  =============================
+
+Others have a norm N in place of :math:`\sqrt{\delta^\top G \delta}`, with a dual norm
+:math:`N^*(g) = \max_{N(\delta) \le 1} g^\top \delta`:
+
+========================  ======================================  =============================
+metric                    N(delta)                                method
+========================  ======================================  =============================
+`layerwise(base)`         max over leaves of the base's norm      SAM layer by layer
+`grouped(metrics, ...)`   max over groups of their norms          the same, by groups
+`supremum()`              max of abs(delta)                       SAM of p = infinity
+`spectral()`              max over leaves of singular values      SAM in the ball of Muon
 ========================  ======================================  =============================
 
 A metric is a pair of pure functions. One of your own takes the natural gradient v = G^{-1} g (or
@@ -280,6 +295,11 @@ def monge(base: Metric = euclidean(), alpha: chex.Numeric = 1.0) -> Metric:  # n
     so that its length is at most rho, where the gradient is small, and falls as rho / (alpha n)
     where it is large. The length depends on the loss's scale: the gradient must be that of the mean
     loss, unscaled and not yet clipped.
+
+    Of any norm N with dual norm n the same holds, for the ball
+    :math:`N(\delta)^2 + \alpha^2 (g^\top \delta)^2 \le \rho^2`: in it
+    :math:`g^\top \delta \le n N(\delta)`, so :math:`(g^\top \delta)^2 (1 + \alpha^2 n^2) \le n^2
+    \rho^2`, and the worst step of N, at length :math:`\rho / \sqrt{1 + \alpha^2 n^2}`, attains that.
 
     Args:
       base: the metric M.
