@@ -79,7 +79,8 @@
 #   mean over samples of the square.
 # - LayerSAM: the direction is scaled layer by layer, and then to the length $\rho$ as a whole.
 # - GCSAM: `optax.centralize` takes the first axis for the outputs, as in PyTorch; kernels of Flax
-#   have it last.
+#   have it last. Where the second gradient is centred too, `optax.centralize()` follows in the chain.
+# - SAGM: the sum, as in the paper; the authors' code follows the mean.
 # - VaSSO, Friendly SAM: the averages begin at zero; authors' codes begin them at the first gradient.
 # - ESAM: every entry is drawn; the authors' code draws whole tensors.
 # - WSAM: the coupled form. The paper adds the second term to the step of the base optimizer, past
@@ -92,7 +93,8 @@
 #   looks ahead; without `optax.scale(-1.0)` the line climbs. The momentum is one step old there and
 #   here.
 # - RWP would do with one gradient: hand zeros to `update` for the first. Its noise is of the same
-#   size everywhere here; in the paper it follows the sizes of filters.
+#   size everywhere here, and both gradients of m-RWP are of one batch; in the authors' code noise
+#   follows the sizes of filters, and the second gradient is of the next batch.
 # - bSAM takes its first gradient at $\theta + \xi / \sqrt{N s}$, $\xi$ normal, which the training
 #   loop does: `state[0].metric_state` is $s$. The line takes it where the loop does, and the loop of
 #   the table at $\theta$. The authors' damping is part of the last $\lambda$.
@@ -101,8 +103,9 @@
 # %% [markdown]
 # ## What the table calls by a bare name, and how to add a row
 #
-# A row is a line of the table, at most ten lines for a slot's new part, and a loop in
-# `tests/test_methods.py`. An ascent is any `optax.GradientTransformation`. This one draws, and
+# A row is a line of the table, a loop of about five lines in `tests/test_methods.py`, and, where a
+# slot has no such part yet, some ten lines for it. The test reads the line and the code here, and
+# fails for a row without a loop and for a loop without a row. An ascent is any `optax.GradientTransformation`. This one draws, and
 # counts its draws:
 
 # %%
@@ -228,8 +231,6 @@ def bsam(grad_fn, learning_rate, rho, s=1.0, b1=0.9, b2=0.8, prior=0.05):
 # | SSAM | Stable SAM (Tan et al.) | Sparse SAM (Mi et al.); SS-SAM is a name of RST |
 # | FSAM | Friendly SAM (F-SAM) | Fisher SAM, Functional SAM |
 # | RSAM | Random SAM (R-SAM, Liu et al.) | Riemannian SAM; RST is neither |
-# | WSAM | weighted sharpness (Yue et al.) | with SWA, averages of weights are no sharpness |
-# | MSAM's momentum | perturbs against it | `direction="momentum"` alone goes along it |
 # | ESAM | Efficient SAM (Du et al.) | EfficientSAM, a model that segments images, like SAM itself |
 # | gamma | WSAM's weight | $\alpha = \gamma / (1 - \gamma)$ of the gradient norm penalty, $\lambda$ of m-RWP |
 #
@@ -248,8 +249,10 @@ def bsam(grad_fn, learning_rate, rho, s=1.0, b1=0.9, b2=0.8, prior=0.05):
 # %% [markdown]
 # ## Some rows on one loss
 #
-# The loss with banana-shaped minima, $(1 - \theta_1 \theta_2)^2$, whose flattest one is at (1, 1)
-# and whose saddle is at the origin: forty steps of each line from one start.
+# The loss with banana-shaped minima, $(1 - \theta_1 \theta_2)^2$, whose flattest one is at (1, 1):
+# forty steps of each line from one start. SGD stays where it meets the valley. Perturbations that
+# do not vanish with the gradient go on along it; those that do (USAM), or that end with it (the
+# rule above), go as far as the gradient is long.
 
 # %%
 plt.rcParams.update(NOTEBOOK)
@@ -262,7 +265,7 @@ LINES = {
     "Friendly SAM": ms.sam(grad_fn, rho=0.5, ascent=ascent.friendly(0.6, 0.8)),
     "USAM": ms.sharpness_aware(grad_fn, metric=resized(lambda n: n), rho=0.1),
     "GSAM": ms.sam(grad_fn, rho=0.5, descent=descent.surrogate_gap(0.4)),
-    "where $\\|g\\| > 1$": ms.sam(grad_fn, rho=0.5, when=above(1.0)),
+    "above(1.0)": ms.sam(grad_fn, rho=0.5, when=above(1.0)),
 }
 
 
