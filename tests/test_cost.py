@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import monge_sam_jax as ms
+from monge_sam_jax._core import numerics
 from monge_sam_jax.experiments.bench import measure as bench_measure
 from monge_sam_jax.experiments.bench import models as bench_models
 
@@ -123,6 +124,42 @@ def test_instructions_of_a_step(model, tail):
     ours = count_instructions(compiled_step(model, tail, None)[0])
     assert by_hand > 1000  # the count counts
     assert ours <= 1.05 * by_hand, f"{ours} instructions against {by_hand}"
+
+
+@pytest.mark.parametrize("alpha", [None, 1.0], ids=["sam", "monge_sam"])
+def test_slots_that_are_not_used_are_not_in_the_program(alpha):
+    """The default builders compile to the same as eq. 3 or 9 and the diagnostics, written out."""
+    loss, params, batch = network()
+    grad_fn, rho = jax.grad(loss), jnp.float32(0.05)
+    tx = ms.sam(grad_fn, rho=0.05) if alpha is None else ms.monge_sam(grad_fn, rho=0.05)
+
+    def with_package(params, state, batch):
+        return tx.update(grad_fn(params, batch), state, params, batch=batch)
+
+    def written_out(params, state, batch):
+        g = numerics.scaled_norm(grad_fn(params, batch))
+        length, dual_norm = g.unit_norm, g.norm
+        if alpha is not None:
+            u, r = numerics.lift_factors(g.norm, jnp.float32(alpha))
+            length = numerics.bounded_quotient(g.unit_norm * r, u)
+            dual_norm = g.norm * u / r
+        k = rho / length
+        perturbed = jax.tree.map(jnp.add, params, numerics.tree_scale(k, g.unit))
+        finite = g.unit_norm / g.unit_norm
+        second = jax.tree.map(lambda x: x * finite, grad_fn(perturbed, batch))
+        norm = numerics.bounded_product(numerics.euclidean_norm(g.unit, jnp.float32), k)
+        norm = jnp.where(g.norm != 0, norm, 0.0)
+        radius = numerics.bounded_quotient(norm, jnp.where(g.norm != 0, g.norm, 1.0))
+        rise = numerics.bounded_product(dual_norm, rho)
+        diagnostics = ms.Diagnostics(g.norm, dual_norm, norm, radius, rise)
+        return second, ms.SharpnessAwareState(optax.safe_increment(state.count), (), diagnostics)
+
+    counts = []
+    for step in (with_package, written_out):
+        compiled = jax.jit(step).lower(params, tx.init(params), batch).compile()
+        counts.append((count_instructions(compiled), compiled.as_text().count(" fusion(")))
+    assert counts[0] == counts[1]
+    assert counts[0][1] > 100
 
 
 @pytest.mark.parametrize(("model", "tail"), STEPS[2:])
