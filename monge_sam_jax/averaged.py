@@ -253,8 +253,9 @@ def _ascent(
         found, after = base.ascent(x.unit, params, state)
         unit_norm = found.dual_norm.astype(dtype)
         norm = bounded_quotient(unit_norm, x.scale)
-        unit_norm = jnp.where(unit_norm > 0, unit_norm, 1.0)
-        length = jnp.asarray(found.length, dtype)
+        nonzero = unit_norm > 0
+        unit_norm = jnp.where(nonzero, unit_norm, 1.0)
+        length = jnp.where(nonzero, jnp.asarray(found.length, dtype), 1.0)
         return _Gradient(x.unit, found.tangent, length, unit_norm, norm), after
 
     def less(x: Grads, factor: jax.Array, y: Grads) -> Grads:

@@ -296,10 +296,14 @@ def monge(base: Metric = euclidean(), alpha: chex.Numeric = 1.0) -> Metric:  # n
     where it is large. The length depends on the loss's scale: the gradient must be that of the mean
     loss, unscaled and not yet clipped.
 
-    Of any norm N with dual norm n the same holds, for the ball
-    :math:`N(\delta)^2 + \alpha^2 (g^\top \delta)^2 \le \rho^2`: in it
-    :math:`g^\top \delta \le n N(\delta)`, so :math:`(g^\top \delta)^2 (1 + \alpha^2 n^2) \le n^2
-    \rho^2`, and the worst step of N, at length :math:`\rho / \sqrt{1 + \alpha^2 n^2}`, attains that.
+    The same holds of any norm N with dual norm n, in place of the base's. In the ball
+    :math:`N(\delta)^2 + \alpha^2 (g^\top \delta)^2 \le \rho^2`
+
+    .. math::
+        (g^\top \delta)^2 \le n^2 N(\delta)^2 \le n^2 (\rho^2 - \alpha^2 (g^\top \delta)^2), \qquad
+        g^\top \delta \le \rho n / \sqrt{1 + \alpha^2 n^2}
+
+    which the worst step of N attains at that length.
 
     Args:
       base: the metric M.
