@@ -75,8 +75,8 @@
 # %% [markdown]
 # Where a line differs from its paper or from the authors' code:
 #
-# - Fisher SAM: the square of the batch's mean gradient, as in the authors' algorithm, and not the
-#   mean over samples of the square.
+# - Fisher SAM: the square of the batch's mean gradient (section 2.2 of the Monge SAM paper), and not
+#   the mean over samples of the square.
 # - LayerSAM: the direction is scaled layer by layer, and then to the length $\rho$ as a whole.
 # - GCSAM: `optax.centralize` takes the first axis for the outputs, as in PyTorch; kernels of Flax
 #   have it last. Where the second gradient is centred too, `optax.centralize()` follows in the chain.
@@ -158,7 +158,7 @@ def above(threshold):
 # %% [markdown]
 # A metric says for a vector $a$, called $g$ here, where $\delta$ points (`tangent`, any positive
 # multiple), how long that is in the metric (`length`), so that $\delta = \rho$ tangent / length,
-# and what the loss rises by at $\rho = 1$, $g^\top \delta$ (`dual_norm`). Guards for a gradient of
+# and the rise $g^\top \delta$ of the loss at $\rho = 1$, to first order (`dual_norm`). Guards for a gradient of
 # zero come with `euclidean`, on which the first one builds; the others are without.
 
 
