@@ -111,14 +111,15 @@ def functional_sam_value_and_grad(
 
     def functional_value_and_grad(params: Params, *args: Any, **kwargs: Any) -> Any:
         def model_at(theta: Params) -> Any:
-            return model_fn(theta, *args, **kwargs)
+            outputs = model_fn(theta, *args, **kwargs)
+            return outputs if has_aux else (outputs, None)
 
-        outputs, pullback, *aux = jax.vjp(model_at, params, has_aux=has_aux)
+        outputs, pullback, aux = jax.vjp(model_at, params, has_aux=True)
         _check_outputs(outputs)
         value, cotangent = jax.value_and_grad(loss_fn)(outputs, *args, **kwargs)
 
         def ascent_at(perturbed: Params) -> Grads:
-            outputs, pullback, *_ = jax.vjp(model_at, perturbed, has_aux=has_aux)
+            outputs, pullback, _ = jax.vjp(model_at, perturbed, has_aux=True)
             same = jax.tree.map(lambda c, output: c.astype(output.dtype), cotangent, outputs)
             return conjugate(pullback(same)[0])
 
@@ -137,7 +138,7 @@ def functional_sam_value_and_grad(
             axis_name=axis_name,
             sync_perturbation=sync_perturbation,
         )
-        result = ((value, *aux) if has_aux else value, conjugate(robust.grads))
+        result = ((value, aux) if has_aux else value, conjugate(robust.grads))
         return (*result, robust.diagnostics) if diagnostics else result
 
     return functional_value_and_grad

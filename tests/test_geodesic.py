@@ -211,7 +211,7 @@ def test_beyond_the_largest_heights_it_is_zero_and_not_nan():
 
 
 def test_a_narrow_valley_does_not_throw_it_out():
-    """Curvature far beyond what the steps resolve, where Runge and Kutta's method ends at 1e14."""
+    """Curvature far beyond what the steps resolve: Runge and Kutta's method would go to 1e19."""
     loss = lambda t: 1e8 * (t[0] - t[1]) ** 2 + t[0]  # noqa: E731
     delta = ms.geodesic_perturbation(loss, jnp.array([0.5, 0.5]), 0.3)
     assert np.linalg.norm(delta) <= 0.3
