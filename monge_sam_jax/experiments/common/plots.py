@@ -1,5 +1,9 @@
 """How figures look, which are drawn without pyplot and so without global state."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -49,6 +53,42 @@ def blank_figure(height: float) -> Figure:
     figure = Figure(figsize=(WIDTH, height), dpi=DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def draw_mean(
+    axes: Axes,
+    x: Sequence[float] | np.ndarray,
+    curves: Sequence[Sequence[float | None]] | np.ndarray,
+    colour: str,
+    label: str,
+    **style: Any,
+) -> None:
+    """Draws the mean over seeds of a curve, in a band of one standard error if there are several.
+
+    Args:
+      axes: where.
+      x: of the points.
+      curves: (seeds, points), with None or NaN where a seed has diverged, at which the mean ends.
+      colour: of both.
+      label: of the mean.
+      **style: of its line.
+    """
+    values = np.array(curves, float)
+    mean = values.mean(axis=0)
+    axes.plot(x, mean, color=colour, label=label, **{"linewidth": 1.2} | style)
+    if len(values) > 1:
+        error = values.std(axis=0, ddof=1) / np.sqrt(len(values))
+        # Above zero the lower edge is too, for logarithmic axes.
+        low = np.where(mean > 0, np.maximum(mean - error, mean / 100), mean - error)
+        axes.fill_between(x, low, mean + error, color=colour, alpha=0.2, linewidth=0)
+
+
+def finish(axes: Axes, x_label: str = "", y_label: str = "") -> None:
+    """Names the axes, in the sizes of all figures, without the frame's upper and right side."""
+    axes.set_xlabel(x_label, fontsize=FONT_SIZE)
+    axes.set_ylabel(y_label, fontsize=FONT_SIZE)
+    axes.tick_params(which="both", labelsize=SMALL)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def band() -> Patch:
