@@ -614,7 +614,10 @@ def test_command_on_embeddings(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"image": np.ones((20, 3))}, "no array text; found image (20, 3), expected an .npz file with"),
+        (
+            {"image": np.ones((20, 3))},
+            "no array text; found image (20, 3), expected an .npz",
+        ),
         ({"text": np.ones((20, 4))}, "expected image and text of one shape"),
         ({"text": np.ones(20)}, "expected text (n, d) of numbers, found (20,)"),
         ({"text": np.full((20, 3), np.nan)}, "text (20, 3) holds NaN"),
