@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.markdown import Markdown
 
 from monge_sam_jax.experiments.bad_minimum import training
 from monge_sam_jax.experiments.bad_minimum.claims import claims
@@ -62,14 +61,13 @@ def run(options: BadMinimum) -> None:
     options.check()
     report.prepare_output(options.output, configuration(options), options.overwrite, may_grow=True)
     results = compare(options)
-    tables = markdown(results)
     files = {
         report.RESULTS: results,
-        "bad_minimum.md": tables,
+        "bad_minimum.md": markdown(results),
         "figure6.png": accuracy_figure(results),
         "mechanism.png": mechanism_figure(results),
     }
-    report.publish(options.output, files, Markdown(tables))
+    report.publish(options.output, files)
 
 
 def configuration(options: BadMinimum) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 import chex
 import jax
 import numpy as np
-from rich.markdown import Markdown
 
 from monge_sam_jax.experiments.clip import data as clip_data
 from monge_sam_jax.experiments.clip import report as clip_report
@@ -60,10 +59,9 @@ def train(options: Clip) -> None:
     """
     report.prepare_output(options.output, configuration(options), options.overwrite, may_grow=True)
     results, panels = study(options)
-    tables = clip_report.markdown(results)
     files = {
         report.RESULTS: results,
-        "tables.md": tables,
+        "tables.md": clip_report.markdown(results),
         "figure7.png": figure_7(panels),
         "mechanism.png": mechanism_figure(results),
     }
@@ -72,7 +70,7 @@ def train(options: Clip) -> None:
         f"with the modality, and {drawn.explained:.0%} of the variance"
         for drawn in panels
     )
-    report.publish(options.output, files, Markdown(tables), *components)
+    report.publish(options.output, files, *components)
 
 
 def configuration(options: Clip) -> dict[str, Any]:

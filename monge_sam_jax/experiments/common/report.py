@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import optax
 from rich.console import Console, RenderableType
+from rich.markdown import Markdown
 
 import monge_sam_jax
 from monge_sam_jax.experiments.common.errors import InputError
@@ -152,8 +153,9 @@ def publish(
 
     Args:
       folder: of the files.
-      files: by name their content: a text, a Matplotlib figure, or what becomes JSON.
-      *shown: what is printed.
+      files: by name their content: Markdown, which is printed, a Matplotlib figure, or what becomes
+        JSON.
+      *shown: what else is printed.
       others: files that have been written already.
     """
     for name, content in files.items():
@@ -164,7 +166,9 @@ def publish(
         else:
             content.savefig(folder / name)
     console = Console()
-    for part in shown:
+    texts = (content for content in files.values() if isinstance(content, str))
+    # So that a narrow cell breaks before an error, not within.
+    for part in (*(Markdown(text.replace("± ", "±")) for text in texts), *shown):
         console.print(part)
     *most, last = (*files, *others)
     written = f"{', '.join(most)} and {last}" if most else last
@@ -197,6 +201,8 @@ def estimate(summary: Mapping[str, float | None], digits: int = 1, sign: str = "
     '97.6 ± 0.1'
     >>> estimate({"mean": 97.64, "standard_error": 0.004})
     '97.640 ± 0.004'
+    >>> estimate({"mean": 100.0, "standard_error": 0.0})
+    '100.0 ± 0'
     >>> estimate({"mean": float("nan"), "standard_error": None})
     'diverged'
     """
@@ -205,8 +211,12 @@ def estimate(summary: Mapping[str, float | None], digits: int = 1, sign: str = "
         return "diverged"
     if error and not round(error, digits):
         digits = min(decimals(error, 1), digits + 3)
-    style = f".{digits}f" if not error or round(error, digits) else ".0e"
-    return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:{style}}")
+    return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error_text(error, digits)}")
+
+
+def error_text(error: float, digits: int) -> str:
+    """An error with so many decimals, unless they would make a zero of it."""
+    return f"{error:.{digits}f}" if round(error, digits) else f"{error:.0e}" if error else "0"
 
 
 class Difference(NamedTuple):

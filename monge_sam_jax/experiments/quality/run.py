@@ -5,8 +5,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from rich.markdown import Markdown
-
 from monge_sam_jax.experiments.common import report
 from monge_sam_jax.experiments.common.grid import train_grid
 from monge_sam_jax.experiments.common.progress import Steps
@@ -30,12 +28,8 @@ def run(options: Quality) -> None:
     options.check()
     report.prepare_output(options.output, dataclasses.asdict(options), options.overwrite)
     results = compare(options)
-    tables = markdown(results)
-    report.publish(
-        options.output,
-        {report.RESULTS: results, "quality.md": tables, "quality.png": quality_figure(results)},
-        Markdown(tables),
-    )
+    files = {"quality.md": markdown(results), "quality.png": quality_figure(results)}
+    report.publish(options.output, {report.RESULTS: results, **files})
 
 
 def compare(options: Quality) -> dict[str, Any]:
