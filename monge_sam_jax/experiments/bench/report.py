@@ -19,14 +19,16 @@ def times_table(results: Mapping[str, Any], clock: str) -> Table:
     Returns:
       The table.
     """
+    methods = results["methods"].values()
+    several = any(entry["seconds"]["upper"] > entry["seconds"]["lower"] for entry in methods)
     table = plain_table(
         f"{results['description']}: {results['parameters']:,} params",
         f"{'Processor time' if clock == 'cpu' else 'Time'} of a descent step, and its ratios to "
-        "plain, to two_gradients and to the method by hand: medians, with half the interquartile "
-        "ranges.",
+        "plain, to two_gradients and to the method by hand"
+        + (": medians, with half the interquartile ranges." if several else ", of one round."),
         ("ms", "/ plain", "/ two", "/ by hand"),
     )
-    times = _alike(1000 * entry["seconds"]["median"] for entry in results["methods"].values())
+    times = _alike(1000 * entry["seconds"]["median"] for entry in methods)
     for (name, entry), time in zip(results["methods"].items(), times, strict=True):
         table.add_row(
             name,
