@@ -209,8 +209,8 @@ def find_bad_minimum(
     if notes["train_accuracy"] < 100:
         raise InputError(
             f"seed {seed}: {notes['train_accuracy']:.1f} % of the training images are fitted after "
-            f"{report.count(recipe.fitting_epochs, 'epoch')}, and a bad minimum fits all; raise --fitting-epochs "
-            "or --fitting-learning-rate"
+            f"{report.count(recipe.fitting_epochs, 'epoch')}, and a bad minimum fits all; raise "
+            "--fitting-epochs or --fitting-learning-rate"
         )
     notes["fitting_epochs"] = notes.pop("fits")
     notes["test_accuracy"] = trainer.measure(variables, splits.test)[1]
