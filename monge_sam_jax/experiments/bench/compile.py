@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -20,14 +19,15 @@ from monge_sam_jax.experiments.bench.measure import (
     Program,
     Start,
     compile_steps,
+    describe,
     interleave,
     ratios,
     summarise,
-    tree_bytes,
     without_compilation_cache,
 )
 from monge_sam_jax.experiments.bench.models import MODELS, Problem
 from monge_sam_jax.experiments.bench.options import Bench
+from monge_sam_jax.experiments.bench.report import plain_table
 from monge_sam_jax.experiments.bench.steps import METHODS, Carry
 from monge_sam_jax.experiments.bench.targets import mesh_of
 from monge_sam_jax.experiments.common import report
@@ -89,9 +89,9 @@ def compile_all(options: Bench, target: str) -> None:
             model, batch_size, options, placement, clock, f"{label} ({turn + 1} of {len(turns)})"
         )
         results["programs"].append(entry | {"sharding": sharding if mesh.size > 1 else None})
+        report.write_json(options.output / "counts.json", results)  # after each: a run is long
         console.print(counts_table(results["programs"][-1], results["target"]), "")
-        report.write_json(options.output / "counts.json", results)
-    console.print(f"Wrote counts.json to {options.output}", soft_wrap=True)
+    report.publish(options.output, {"counts.json": results})
 
 
 def compile_model(
@@ -152,20 +152,14 @@ def compile_model(
         _load_compiler(placement, clock)
         times = interleave(names, compilations, turns, compile_once)
 
-    params_bytes = tree_bytes(begin.params)
-    return {
-        "model": model,
-        "batch_size": len(begin.batch.x),
-        "description": problem.description,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(begin.params)),
-        "leaves": len(jax.tree.leaves(begin.params)),
-        "params_bytes": params_bytes,
+    described = describe(model, problem, begin)
+    return described | {
         "methods": {
             name: {
                 "what": inspect.getdoc(METHODS[name]).splitlines()[0],  # type: ignore[union-attr]
                 **program.counts._asdict(),
                 "temporary_bytes": program.temporary_bytes,
-                "temporaries": program.temporary_bytes / params_bytes,
+                "temporaries": program.temporary_bytes / described["params_bytes"],
                 "compile_seconds": summarise(times[name]),
                 "compile_ratio_to_plain": ratios(times, name, "plain"),
             }
@@ -252,22 +246,6 @@ def counts_table(results: Mapping[str, Any], target: Mapping[str, Any]) -> Table
     collectives = (
         f"Collectives, those of more than {LARGE} numbers apart; what is in a loop counts once. "
     )
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        show_edge=False,
-        title=(
-            f"{results['description']}: {results['parameters']:,} params in {results['leaves']} "
-            f"leaves; compiled for {target['count']} x {target['kind']}"
-            + (f", {results['sharding']}" if several else "")
-        ),
-        caption=(
-            "Kernels (fusions and custom calls) and instructions of the compiled program. "
-            + (collectives if several else "")
-            + "Temporary arrays of a device in units of all params. Time to compile as a ratio to "
-            "plain."
-        ),
-    )
     methods = results["methods"]
     columns = {"kernels": ("kernels", "d"), "instructions": ("HLO", "d")}
     if several:
@@ -275,12 +253,18 @@ def counts_table(results: Mapping[str, Any], target: Mapping[str, Any]) -> Table
         if not any(entry and entry["other_collectives"] for entry in methods.values()):
             del columns["other_collectives"]
     columns["temporaries"] = ("temp", ".2f")
-    table.add_column("method", no_wrap=True)
-    for header, _ in columns.values():
-        table.add_column(header, justify="right", no_wrap=True)
-    if not several:  # eighty characters are full with them
-        table.add_column("compile s", justify="right", no_wrap=True)
-    table.add_column("compile\n/ plain", justify="right", no_wrap=True)
+    seconds = [] if several else ["compile s"]  # eighty characters are full with collectives
+    table = plain_table(
+        f"{results['description']}: {results['parameters']:,} params in {results['leaves']} "
+        f"leaves; compiled for {target['count']} x {target['kind']}"
+        + (f", {results['sharding']}" if several else ""),
+        "Kernels (fusions and custom calls) and instructions of the compiled program. "
+        + (collectives if several else "")
+        + "Temporary arrays of a device in units of all params. Time to compile as a ratio to "
+        "plain.",
+        [*(header for header, _ in columns.values()), *seconds, "compile\n/ plain"],
+    )
+    table.show_edge = False
     for name, entry in methods.items():
         if entry is None:
             table.add_row(name, "no room")

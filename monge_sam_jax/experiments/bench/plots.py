@@ -6,7 +6,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
+from monge_sam_jax.experiments.bench.options import BY_HAND
 from monge_sam_jax.experiments.common.plots import (
     COLOURS,
     FONT_SIZE,
@@ -14,19 +16,14 @@ from monge_sam_jax.experiments.common.plots import (
     LABELS,
     SMALL,
     blank_figure,
+    finish,
+    legend_below,
 )
 
-BY_HAND = (
-    "sam_by_hand",
-    "monge_by_hand",
-    "adaptive_by_hand",
-    "fisher_by_hand",
-    "one_pass_by_hand",
-)
 # Who wrote it, by the beginning of a method's name, the first that fits: the mark.
 GROUPS = {
     ("plain", "two_gradients"): ("references", "|"),
-    BY_HAND: ("by hand", "s"),
+    tuple(BY_HAND.values()): ("by hand", "s"),
     ("optax_",): ("optax.contrib.sam", "D"),
     ("",): ("monge_sam_jax", "o"),
 }
@@ -56,28 +53,22 @@ def benchmark_figure(results: Mapping[str, Any]) -> Figure:
         columns.setdefault(entry["model"], []).append(entry)
     rows = max(map(len, columns.values()))
     names = list(results["measurements"][0]["methods"])
-    figure = blank_figure(0.5 + rows * (0.4 + 0.19 * len(names)))
+    figure = blank_figure(1.3 + rows * (0.4 + 0.19 * len(names)))
     panels = figure.subplots(rows, len(columns), sharex="col", sharey=True, squeeze=False)
     for column, (model, entries) in enumerate(columns.items()):
         for axes, entry in zip(panels[:, column], entries, strict=True):
             _draw(axes, entry["methods"])
             title = f"{model}, batch {entry['batch_size']}" if rows > 1 else model
-            axes.set_title(title, fontsize=FONT_SIZE)
-            axes.tick_params(labelsize=SMALL)
-            axes.spines[["top", "right"]].set_visible(False)
-        panels[-1, column].set_xlabel("step time / plain", fontsize=FONT_SIZE)
+            axes.set_title(title, fontsize=SMALL)
+            finish(axes, "/ plain" if entry is entries[-1] else "")
+            axes.xaxis.set_major_locator(MaxNLocator(2))
         panels[-1, column].set_xlim(left=0)  # of all: it ends the scaling to what is drawn
     panels[0, 0].set_yticks(range(len(names)), names)
     panels[0, 0].invert_yaxis()
     for axes in panels[:, 0]:
         axes.set_ylabel("kind of step", fontsize=FONT_SIZE)
-    figure.legend(
-        handles=_entries(names),
-        loc="outside lower center",
-        ncols=5,
-        fontsize=SMALL,
-        frameon=False,
-    )
+    figure.suptitle("time of a step", fontsize=FONT_SIZE)
+    legend_below(figure, _entries(names))
     return figure
 
 

@@ -19,20 +19,22 @@ def times_table(results: Mapping[str, Any], clock: str) -> Table:
     Returns:
       The table.
     """
-    table = _table(
+    methods = results["methods"].values()
+    several = any(entry["seconds"]["upper"] > entry["seconds"]["lower"] for entry in methods)
+    table = plain_table(
         f"{results['description']}: {results['parameters']:,} params",
         f"{'Processor time' if clock == 'cpu' else 'Time'} of a descent step, and its ratios to "
-        "plain, to two_gradients and to the method by hand: medians, with half the interquartile "
-        "ranges.",
+        "plain, to two_gradients and to the method by hand"
+        + (": medians, with half the interquartile ranges." if several else ", of one round."),
         ("ms", "/ plain", "/ two", "/ by hand"),
     )
-    times = _alike(1000 * entry["seconds"]["median"] for entry in results["methods"].values())
+    times = _alike(1000 * entry["seconds"]["median"] for entry in methods)
     for (name, entry), time in zip(results["methods"].items(), times, strict=True):
         table.add_row(
             name,
             time,
-            _with_spread(entry["ratio_to_plain"]),
-            _with_spread(entry["ratio_to_two_gradients"]),
+            _with_spread(entry["ratio_to_plain"], is_known=name == "plain"),
+            _with_spread(entry["ratio_to_two_gradients"], is_known=name == "two_gradients"),
             _with_spread(entry["ratio_to_by_hand"]),
         )
     return table
@@ -50,7 +52,7 @@ def programs_table(results: Mapping[str, Any]) -> Table:
     methods = results["methods"]
     told = any(entry["peak_bytes"] is not None for entry in methods.values())
     headers = ("compile s", "/ plain", "/ by hand", "kernels", "HLO", "temp.", "state")
-    table = _table(
+    table = plain_table(
         None,
         "Time to compile, and its ratios to plain and to the method by hand. Kernels (fusions and "
         "custom calls) and instructions of the program. Temporary arrays and state of the "
@@ -75,7 +77,8 @@ def programs_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def _table(title: str | None, caption: str, headers: Sequence[str]) -> Table:
+def plain_table(title: str | None, caption: str, headers: Sequence[str]) -> Table:
+    """A table of methods by numbers, which is narrow."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, title=title, caption=caption)
     table.add_column("method", no_wrap=True)
     for header in headers:
@@ -90,7 +93,11 @@ def _alike(column: Iterable[float]) -> list[str]:
     return [f"{value:.{places}f}" for value in values]
 
 
-def _with_spread(summary: Mapping[str, float] | None) -> str:
-    if summary is None:
-        return "-"
-    return f"{summary['median']:.3f} ±{(summary['upper'] - summary['lower']) / 2:.3f}"
+def _with_spread(summary: Mapping[str, float] | None, *, is_known: bool = False) -> str:
+    """A ratio with half the interquartile range, unless that is zero, as of a single round."""
+    if summary is None or is_known:
+        return "1" if is_known else "-"
+    spread = (summary["upper"] - summary["lower"]) / 2
+    if spread == 0:
+        return f"{summary['median']:.3f}"
+    return f"{summary['median']:.3f} ±{spread:{'.3f' if round(spread, 3) else '.0e'}}"

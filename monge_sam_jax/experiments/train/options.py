@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from monge_sam_jax.experiments.common.errors import InputError
-from monge_sam_jax.experiments.common.options import check_numbers, check_seed, flag
+from monge_sam_jax.experiments.common.options import (
+    check_counts,
+    check_list,
+    check_numbers,
+    check_seed,
+    flag,
+)
 
 LEARNING_RATES = {"sgd": 0.05, "adam": 0.001, "adamw": 0.001}
 PROCESS_OPTIONS = ("coordinator_address", "num_processes", "process_id")
@@ -54,9 +60,10 @@ class Train:
       output: Folder for results.json, training.png, epochs.csv (all that was logged, by epoch), the
         final params of every run (params/OPTIMIZER_seedN.msgpack, for Flax) and the last two
         checkpoints. Those of an earlier run with the same options are overwritten.
-      overwrite: Write over the results of other options, if the output folder has some.
-      tensorboard: Write all of epochs.csv for TensorBoard too, into the folder tensorboard. Needs
-        the package tensorboardX, or PyTorch.
+      overwrite: Write over the results and delete the checkpoints of other options, if the output
+        folder has some.
+      tensorboard: Write all of epochs.csv for TensorBoard too, after each epoch, into the folder
+        tensorboard. Needs the package tensorboardX, or PyTorch.
       checkpoint_every: Epochs from one checkpoint to the next, 0 for none. By default there is one
         after each epoch, but no more than take a twentieth of the time.
       resume: Go on from the last checkpoint in the output folder. The results are those of a run
@@ -119,13 +126,8 @@ class Train:
 
     def check(self) -> None:
         """Raises an InputError where an option cannot be used."""
-        if not self.optimizers:
-            raise InputError("--optimizers needs at least one name")
-        if len(set(self.optimizers)) < len(self.optimizers):
-            raise InputError(f"--optimizers has a name twice: {' '.join(self.optimizers)}")
-        for name in ("epochs", "batch_size", "seeds"):
-            if (count := getattr(self, name)) < 1:
-                raise InputError(f"{flag(name)} must be at least 1, got {count}")
+        check_list("optimizers", self.optimizers)
+        check_counts({name: getattr(self, name) for name in ("epochs", "batch_size", "seeds")})
         check_seed(self.seed)
         check_numbers({"learning_rate": self.learning_rate}, positive=True)
         check_numbers({name: getattr(self, name) for name in ("rho", "alpha", "sharpness_rho")})
@@ -142,7 +144,6 @@ class Train:
         address, count, number = (getattr(self, name) for name in PROCESS_OPTIONS)
         if address is not None and not address.rpartition(":")[2].isdecimal():
             raise InputError(f"--coordinator-address must be host:port, got {address}")
-        if count is not None and count < 1:
-            raise InputError(f"--num-processes must be at least 1, got {count}")
+        check_counts({"num_processes": count})
         if number is not None and not 0 <= number < (count or math.inf):
             raise InputError(f"--process-id must be from 0 to --num-processes - 1, got {number}")
