@@ -315,7 +315,8 @@ def one_pass_orbit(
     On a line there is no way around: if :math:`\eta \lambda < 1`, SAM's y runs into the minimum
     itself, and theta ends at the distance rho. So does M-SAM's for small learning rates, and so do
     both from :math:`\delta_0 = 0` on an isotropic loss, where y stays on the line through the
-    minimum until rounding drives it away.
+    minimum until rounding drives it away. And so it is in a valley whose other curvatures are zero,
+    such as the banana's: y comes to rest in it, where theta is rho away at a much larger loss.
 
     Args:
       hessian_eigenvalue: lambda, the largest; any shape.
