@@ -58,7 +58,7 @@ def test_one_pass_runs_into_the_valley_with_y_while_theta_rests_beside_it(result
         late = {"method": method, "passes": "one", "steps": 5000}
         y, theta = (row(result, **late, at=place) for place in ("y", "theta"))
         assert y["median loss"] < 1e-20
-        assert y["flattest"] + y["valley"] > 0.95
+        assert y["flattest"] + y["valley"] > 0.9
         # From (1, 1) by rho along the diagonal.
         beside = (1 - (1 + np.sqrt(0.5)) ** 2) ** 2
         assert theta["median loss"] == pytest.approx(beside, rel=0.01)
