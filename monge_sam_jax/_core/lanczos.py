@@ -1,0 +1,127 @@
+"""Lanczos' iteration on trees of arrays, each leaf sharded as its param, with a basis kept in full.
+
+Nothing is ravelled, so that only scalars move between devices. A library would be here if one did
+not ravel, and did not go wrong where the Krylov space is exhausted before the steps are: on
+matrices of low rank, or with few distinct eigenvalues.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from monge_sam_jax._core.numerics import inner_product, scaled_norm, tree_scale, working_dtype
+
+PyTree = Any
+Product = Callable[[PyTree], PyTree]
+
+
+class Lanczos(NamedTuple):
+    """The iteration after i steps.
+
+    Attributes:
+      vector: the next vector of the basis, q_i.
+      basis: q_0, q_1, ... along new first axes, zero from q_i on; of two rows, the last two, in
+        turn.
+      diagonal: of the tridiagonal matrix.
+      off_diagonal: the entries below it, and the norm of the residual in the end.
+      key: for vectors that begin anew.
+    """
+
+    vector: PyTree
+    basis: PyTree
+    diagonal: jax.Array
+    off_diagonal: jax.Array
+    key: chex.PRNGKey
+
+
+def tridiagonalize(
+    product: Product, params: PyTree, key: chex.PRNGKey, num_steps: int, rows: int
+) -> Lanczos:
+    """Lanczos' iteration from random signs.
+
+    Under a transformation it is one loop that is compiled with the rest. Otherwise the loop is
+    Python's, and only the product and what follows it are compiled: XLA's loops on a CPU slow
+    convolutions down, and a product may be a loop over batches on the host.
+    """
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, key))):
+        start = begin(params, key, num_steps, rows)
+        return jax.lax.fori_loop(
+            0, num_steps, lambda i, now: advance(now, product(now.vector), i), start
+        )
+    state = jax.jit(begin, static_argnums=(2, 3))(params, key, num_steps, rows)
+    step = jax.jit(advance, donate_argnums=0)
+    for i in range(num_steps):
+        state = step(state, product(state.vector), i)
+    return state
+
+
+def begin(params: PyTree, key: chex.PRNGKey, num_steps: int, rows: int) -> Lanczos:
+    """The state before the first step."""
+    dtype = working_dtype(params)
+    key, signs = jax.random.split(key)
+    vector = normalize(random_tree(signs, params, jax.random.rademacher))[0]
+    # From the vector, so that it is sharded alike; zeros alone would be whole on every device.
+    basis = jax.tree.map(lambda q: jnp.zeros((rows, *[1] * q.ndim), q.dtype) * q[None], vector)
+    zeros = jnp.zeros(num_steps, dtype)
+    return Lanczos(vector, basis, zeros, zeros, key)
+
+
+def advance(state: Lanczos, image: PyTree, i: chex.Numeric) -> Lanczos:
+    """The state after step i, by the matrix's product with its vector."""
+    q, basis, diagonal, off_diagonal, key = state
+    rows = jax.tree.leaves(basis)[0].shape[0]
+    basis = jax.tree.map(
+        lambda Q, x: jax.lax.dynamic_update_index_in_dim(Q, x, i % rows, 0), basis, q
+    )
+    diagonal = diagonal.at[i].set(inner_product(q, image, diagonal.dtype))
+    residual, norm = normalize(orthogonalize(orthogonalize(image, basis), basis))
+
+    # All that is left is rounding errors where the Krylov space is invariant: it goes on from
+    # another random vector, with a zero in the matrix, and finds what is orthogonal to the space.
+    largest = jnp.maximum(jnp.max(jnp.abs(diagonal)), jnp.maximum(jnp.max(off_diagonal), norm))
+    exhausted = norm <= 10 * jnp.finfo(norm.dtype).eps * largest
+    key, fresh_key = jax.random.split(key)
+    fresh = lambda: normalize(  # noqa: E731
+        orthogonalize(orthogonalize(random_tree(fresh_key, q, jax.random.normal), basis), basis)
+    )[0]
+    vector = jax.lax.cond(exhausted, fresh, lambda: residual)
+    off_diagonal = off_diagonal.at[i].set(jnp.where(exhausted, 0.0, norm))
+    return Lanczos(vector, basis, diagonal, off_diagonal, key)
+
+
+def orthogonalize(vector: PyTree, basis: PyTree) -> PyTree:
+    """The vector less its projections on the rows of the basis."""
+    dtype = working_dtype(vector)
+    components = jax.tree.map(
+        lambda x, Q: jnp.tensordot(Q, x, x.ndim, precision="highest").astype(dtype), vector, basis
+    )
+    total = jax.tree.reduce(jnp.add, components)
+    return jax.tree.map(
+        lambda x, Q: x - jnp.tensordot(total.astype(Q.dtype), Q, 1, precision="highest"),
+        vector,
+        basis,
+    )
+
+
+def normalize(vector: PyTree) -> tuple[PyTree, jax.Array]:
+    """The vector at unit norm, or zero if it is, in its own dtypes; and its norm."""
+    scaled = scaled_norm(vector)
+    unit = tree_scale(1 / scaled.unit_norm, scaled.unit)
+    return jax.tree.map(lambda u, x: u.astype(x.dtype), unit, vector), scaled.norm
+
+
+def random_tree(key: chex.PRNGKey, like: PyTree, sampler: Callable[..., jax.Array]) -> PyTree:
+    """Random numbers in a tree of this form; NaN where that is not finite."""
+    numbers = optax.tree.random_like(key, like, sampler=sampler)
+    # The sum changes nothing, and has the numbers sharded alike.
+    return jax.tree.map(lambda r, x: r + 0 * x, numbers, like)
+
+
+def matrix(state: Lanczos) -> jax.Array:
+    """The tridiagonal matrix, densely."""
+    beside = state.off_diagonal[:-1]
+    return jnp.diag(state.diagonal) + jnp.diag(beside, 1) + jnp.diag(beside, -1)
