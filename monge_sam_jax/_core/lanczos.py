@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from monge_sam_jax._core.numerics import inner_product, scaled_norm, tree_scale, working_dtype
+from monge_sam_jax._core.numerics import scaled_norm, tree_scale, working_dtype
 
 PyTree = Any
 Product = Callable[[PyTree], PyTree]
@@ -24,8 +24,7 @@ class Lanczos(NamedTuple):
 
     Attributes:
       vector: the next vector of the basis, q_i.
-      basis: q_0, q_1, ... along new first axes, zero from q_i on; of two rows, the last two, in
-        turn.
+      basis: q_0, ..., q_i along new first axes, and zeros; of two rows, q_{i-1} and q_i, in turn.
       diagonal: of the tridiagonal matrix.
       off_diagonal: the entries below it, and the norm of the residual in the end.
       key: for vectors that begin anew.
@@ -53,9 +52,12 @@ def tridiagonalize(
             0, num_steps, lambda i, now: advance(now, product(now.vector), i), start
         )
     state = jax.jit(begin, static_argnums=(2, 3))(params, key, num_steps, rows)
-    step = jax.jit(advance, donate_argnums=0)
+    step = jax.jit(
+        lambda basis, state, image, i: advance(state._replace(basis=basis), image, i),
+        donate_argnums=0,  # of the vector not: the product may return what it was given
+    )
     for i in range(num_steps):
-        state = step(state, product(state.vector), i)
+        state = step(state.basis, state._replace(basis=None), product(state.vector), i)
     return state
 
 
@@ -65,7 +67,9 @@ def begin(params: PyTree, key: chex.PRNGKey, num_steps: int, rows: int) -> Lancz
     key, signs = jax.random.split(key)
     vector = normalize(random_tree(signs, params, jax.random.rademacher))[0]
     # From the vector, so that it is sharded alike; zeros alone would be whole on every device.
-    basis = jax.tree.map(lambda q: jnp.zeros((rows, *[1] * q.ndim), q.dtype) * q[None], vector)
+    basis = jax.tree.map(
+        lambda q: jnp.tensordot(jnp.eye(rows, 1, dtype=q.dtype), q[None], 1), vector
+    )
     zeros = jnp.zeros(num_steps, dtype)
     return Lanczos(vector, basis, zeros, zeros, key)
 
@@ -73,38 +77,47 @@ def begin(params: PyTree, key: chex.PRNGKey, num_steps: int, rows: int) -> Lancz
 def advance(state: Lanczos, image: PyTree, i: chex.Numeric) -> Lanczos:
     """The state after step i, by the matrix's product with its vector."""
     q, basis, diagonal, off_diagonal, key = state
-    rows = jax.tree.leaves(basis)[0].shape[0]
-    basis = jax.tree.map(
-        lambda Q, x: jax.lax.dynamic_update_index_in_dim(Q, x, i % rows, 0), basis, q
-    )
-    diagonal = diagonal.at[i].set(inner_product(q, image, diagonal.dtype))
-    residual, norm = normalize(orthogonalize(orthogonalize(image, basis), basis))
+    num_steps, rows = diagonal.size, jax.tree.leaves(basis)[0].shape[0]
+
+    residual, components = project_out(image, basis)
+    residual, norm = normalize(project_out(residual, basis)[0])
+    diagonal = diagonal.at[i].set(components[i % rows])
 
     # All that is left is rounding errors where the Krylov space is invariant: it goes on from
     # another random vector, with a zero in the matrix, and finds what is orthogonal to the space.
     largest = jnp.maximum(jnp.max(jnp.abs(diagonal)), jnp.maximum(jnp.max(off_diagonal), norm))
     exhausted = norm <= 10 * jnp.finfo(norm.dtype).eps * largest
-    key, fresh_key = jax.random.split(key)
-    fresh = lambda: normalize(  # noqa: E731
-        orthogonalize(orthogonalize(random_tree(fresh_key, q, jax.random.normal), basis), basis)
-    )[0]
-    vector = jax.lax.cond(exhausted, fresh, lambda: residual)
     off_diagonal = off_diagonal.at[i].set(jnp.where(exhausted, 0.0, norm))
-    return Lanczos(vector, basis, diagonal, off_diagonal, key)
+    key, fresh_key = jax.random.split(key)
+
+    def fresh() -> PyTree:
+        vector = project_out(random_tree(fresh_key, q, jax.random.normal), basis)[0]
+        return normalize(project_out(vector, basis)[0])[0]
+
+    vector = jax.lax.cond(exhausted, fresh, lambda: residual)
+
+    # What is written depends on all that reads the basis, so that XLA need not copy it.
+    def write(Q: jax.Array, x: jax.Array) -> jax.Array:
+        row = (i + 1) % rows
+        old = jax.lax.dynamic_index_in_dim(Q, row, keepdims=False)
+        x = jnp.where(i + 1 < num_steps, x, old)  # the last one has no row
+        return jax.lax.dynamic_update_index_in_dim(Q, x, row, 0)
+
+    return Lanczos(vector, jax.tree.map(write, basis, vector), diagonal, off_diagonal, key)
 
 
-def orthogonalize(vector: PyTree, basis: PyTree) -> PyTree:
-    """The vector less its projections on the rows of the basis."""
+def project_out(vector: PyTree, basis: PyTree) -> tuple[PyTree, jax.Array]:
+    """The vector less its projections on the rows of the basis, and its components along them."""
     dtype = working_dtype(vector)
-    components = jax.tree.map(
+    of_leaves = jax.tree.map(
         lambda x, Q: jnp.tensordot(Q, x, x.ndim, precision="highest").astype(dtype), vector, basis
     )
-    total = jax.tree.reduce(jnp.add, components)
-    return jax.tree.map(
-        lambda x, Q: x - jnp.tensordot(total.astype(Q.dtype), Q, 1, precision="highest"),
-        vector,
-        basis,
-    )
+    components = jax.tree.reduce(jnp.add, of_leaves)
+
+    def subtract(x: jax.Array, Q: jax.Array) -> jax.Array:
+        return x - jnp.tensordot(components.astype(Q.dtype), Q, 1, precision="highest")
+
+    return jax.tree.map(subtract, vector, basis), components
 
 
 def normalize(vector: PyTree) -> tuple[PyTree, jax.Array]:
