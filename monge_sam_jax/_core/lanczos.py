@@ -109,9 +109,12 @@ def advance(state: Lanczos, image: PyTree, i: chex.Numeric) -> Lanczos:
 def project_out(vector: PyTree, basis: PyTree) -> tuple[PyTree, jax.Array]:
     """The vector less its projections on the rows of the basis, and its components along them."""
     dtype = working_dtype(vector)
-    of_leaves = jax.tree.map(
-        lambda x, Q: jnp.tensordot(Q, x, x.ndim, precision="highest").astype(dtype), vector, basis
-    )
+
+    # A dot product adds millions of entries up one by one on a CPU, and is wrong in the 4th digit.
+    def of_leaf(x: jax.Array, Q: jax.Array) -> jax.Array:
+        return jnp.sum((Q * x[None]).astype(dtype), axis=tuple(range(1, Q.ndim)))
+
+    of_leaves = jax.tree.map(of_leaf, vector, basis)
     components = jax.tree.reduce(jnp.add, of_leaves)
 
     def subtract(x: jax.Array, Q: jax.Array) -> jax.Array:
