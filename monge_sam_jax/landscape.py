@@ -275,6 +275,8 @@ def loss_slice(
     check_real(params)
     check_at_least("num_points", num_points, 2)
     params = jax.tree.map(jnp.asarray, params)
+    if len(directions) != 2:
+        raise ValueError(f"directions must be two, got {len(directions)}")
     first, second = directions
     a = jnp.linspace(-radius, radius, num_points, dtype=working_dtype(params))
 

@@ -2,6 +2,7 @@ r"""Curvature layer by layer: the diagonal blocks of the Hessian."""
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Hashable
 from typing import Any
 
@@ -131,15 +132,20 @@ def _blocks(
 
         if isinstance(loss_fn, SymmetricOperator):
             zeros = jax.tree.map(jnp.zeros_like, params)
-            return SymmetricOperator(lambda v: part(loss_fn.product(together(zeros, v)))), part(
-                params
-            )
+            product = lambda v: part(loss_fn.product(together(zeros, v)))  # noqa: E731
+            return SymmetricOperator(product), part(params)
         return lambda theta: loss_fn(together(params, theta)), part(params)
 
     return {label: block(label) for label in jax.tree.leaves(of)}
 
 
 def _paths(params: Params) -> Any:
-    return jax.tree.map_with_path(
+    paths = jax.tree.map_with_path(
         lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), params
     )
+    for path, times in collections.Counter(jax.tree.leaves(paths)).items():
+        if times > 1:
+            raise ValueError(
+                f"two leaves are at the path {path!r}, and would be one block: give labels"
+            )
+    return paths

@@ -6,6 +6,7 @@ matrices of low rank, or with few distinct eigenvalues.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import chex
@@ -51,13 +52,9 @@ def tridiagonalize(
         return jax.lax.fori_loop(
             0, num_steps, lambda i, now: advance(now, product(now.vector), i), start
         )
-    state = jax.jit(begin, static_argnums=(2, 3))(params, key, num_steps, rows)
-    step = jax.jit(
-        lambda basis, state, image, i: advance(state._replace(basis=basis), image, i),
-        donate_argnums=0,  # of the vector not: the product may return what it was given
-    )
+    state = compiled_begin(params, key, num_steps, rows)
     for i in range(num_steps):
-        state = step(state.basis, state._replace(basis=None), product(state.vector), i)
+        state = compiled_advance(state.basis, state._replace(basis=None), product(state.vector), i)
     return state
 
 
@@ -135,6 +132,15 @@ def random_tree(key: chex.PRNGKey, like: PyTree, sampler: Callable[..., jax.Arra
     numbers = optax.tree.random_like(key, like, sampler=sampler)
     # The sum changes nothing, and has the numbers sharded alike.
     return jax.tree.map(lambda r, x: r + 0 * x, numbers, like)
+
+
+compiled_begin = jax.jit(begin, static_argnums=(2, 3))
+
+
+@partial(jax.jit, donate_argnums=0)  # and not the vector: the product may return what it was given
+def compiled_advance(basis: PyTree, state: Lanczos, image: PyTree, i: int) -> Lanczos:
+    """`advance` in place of the basis, which the state is without."""
+    return advance(state._replace(basis=basis), image, i)
 
 
 def matrix(state: Lanczos) -> jax.Array:
