@@ -33,6 +33,8 @@ first order. Along it SAM's delta keeps its length, and M-SAM's may even become 
 radius that rises and falls may do what none that is constant does: on quadratic saddles where the
 other coordinates keep moving around without a circle, the one of negative curvature was seen to
 decay (M-SAM with :math:`\alpha \rho \lambda = 40`, SAM with :math:`\eta \lambda = 0.8`).
+
+Training tends to the edge and stays there, in one pass as in two: `monge-sam edges` measures it.
 """
 
 from __future__ import annotations
@@ -298,7 +300,8 @@ def one_pass_orbit(
     :math:`\rho \lambda / (1 - \beta)` that of :math:`\rho \lambda`.
 
     This is exact if the largest eigenvalue belongs to two or more eigenvectors; deviations along
-    the others decay. Without momentum the circle attracts if :math:`\eta \lambda <
+    the others decay. (A network that has collapsed, so that the biases of its outputs alone are
+    left, moves on such a circle.) Without momentum the circle attracts if :math:`\eta \lambda <
     4 / (3 + 2 \alpha^2 \|g\|^2)`; beyond, other orbits were seen, up to three times as far in the
     root mean square. If the second eigenvalue is smaller, orbits are no circles. With
     :math:`\rho \lambda = 1` and :math:`\eta \lambda` from 0.01 to 0.5, the root mean square of the

@@ -16,6 +16,7 @@ from monge_sam_jax.curvature import hessian
 from monge_sam_jax.experiments.edges import training
 from monge_sam_jax.experiments.edges.options import Edges
 from monge_sam_jax.experiments.edges.plots import edges_figure
+from monge_sam_jax.stability import one_pass_orbit
 
 OPTIONS = Edges(images=60, width=6, steps=30)
 
@@ -88,6 +89,21 @@ def test_sharpness_settles_at_the_edge(name):
     assert curves["loss"][-1] < 0.1 * curves["loss"][0]
     expected = 2 / options.learning_rate
     assert (curves["edge"][-1] < 0.5 * expected) == (name != "sgd")
+
+
+@pytest.mark.parametrize(("name", "alpha"), [("one_pass_sam", 0.0), ("one_pass_monge_sam", 1.0)])
+def test_a_network_that_collapsed_moves_on_the_circle(name, alpha):
+    """Its output is constant, and the Hessian is the identity on the biases of the outputs."""
+    options = Edges(images=100, width=8, steps=1000)
+    problem = training.problem(0, options)
+    curves = training.learn(problem, name, 3.0, options)
+    np.testing.assert_allclose(curves["sharpness"][-3:], 1, rtol=1e-3)
+    np.testing.assert_allclose(curves["edge"][-3:], 1, rtol=1e-3)
+    orbit = one_pass_orbit(1.0, learning_rate=options.learning_rate, rho=3.0, alpha=alpha)
+    shares = np.bincount(problem.train.y, minlength=10) / len(problem.train.y)
+    constant = 0.5 * (1 - np.sum(shares**2))  # the loss of the best constant
+    expected = constant + 0.5 * float(orbit.unperturbed_radius) ** 2
+    np.testing.assert_allclose(curves["loss"][-3:], expected, rtol=1e-3)
 
 
 def test_what_diverges_is_nan_from_there(problem):
