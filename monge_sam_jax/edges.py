@@ -4,8 +4,9 @@ Near an equilibrium, along an eigenvector of the Hessian with eigenvalue :math:`
 gradient is :math:`\lambda \theta`. With the effective radius r in :math:`\delta = r g` frozen, all
 methods are linear recursions, each stable where the roots z of a polynomial lie inside the unit
 circle. With learning rate :math:`\eta`, momentum :math:`\beta` as in `optax.sgd` (not Nesterov's;
-the moving average of gradients, :math:`(1 - \beta)` times as long, has :math:`\eta (1 - \beta)` in
-place of :math:`\eta`), and for short :math:`h = \eta \lambda, \; s = r \lambda`, they are
+where the momentum is a moving average, :math:`1 - \beta` times as long, :math:`\eta` is to be
+multiplied by that, and so is r along the momentum), and for short
+:math:`h = \eta \lambda, \; s = r \lambda`, they are
 
 ==============================  ============================================================
 two passes                      :math:`(z - 1) (z - \beta) + h (1 + s) z`
