@@ -16,6 +16,7 @@ import optax
 
 from monge_sam_jax._core.checks import check_at_least
 from monge_sam_jax._core.lanczos import matrix, tridiagonalize
+from monge_sam_jax._core.numerics import inner_product, working_dtype
 from monge_sam_jax.metrics import Params
 from monge_sam_jax.products import LossFn, SymmetricOperator, product_with
 
@@ -82,7 +83,7 @@ def hessian_trace(
 
     def sample(key: chex.PRNGKey) -> jax.Array:
         v = optax.tree.random_like(key, params, sampler=jax.random.rademacher)
-        return optax.tree.vdot(v, product(v))
+        return inner_product(v, product(v), working_dtype(params))
 
     keys = jax.random.split(key, num_samples)
     samples = jax.lax.map(sample, keys, batch_size=batch_size or num_samples)
