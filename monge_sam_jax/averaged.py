@@ -261,7 +261,7 @@ def _ascent(
     def less(x: Grads, factor: jax.Array, y: Grads) -> Grads:
         return jax.tree.map(lambda a, b: a - factor.astype(b.dtype) * b, x, y)
 
-    g, state = describe(grads)
+    g, after = describe(grads)
     h = jax.vmap(lambda x: describe(x)[0])(others)
     ratio = h.length / g.length
     one = h.unit_norm * h.length  # products with tangents are in these units: in range
@@ -303,4 +303,4 @@ def _ascent(
         jax.vmap(tree_scale)(jnp.where(is_apart, t * x / apart, 0.0) / ratio, tangents),
     )
     length = bounded_product(g.length * lift, largest)
-    return Ascent(tangent, dual_norm=g.norm / largest / lift, length=length), state
+    return Ascent(tangent, dual_norm=g.norm / largest / lift, length=length), after
