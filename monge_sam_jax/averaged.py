@@ -103,8 +103,9 @@ def averaged_monge(
     >>> metric, params = averaged_monge(history=2, alpha=3.0), jnp.zeros(2)
     >>> _, state = metric.ascent(jnp.array([1.0, 0.0]), params, metric.init(params))
     >>> ascent, _ = metric.ascent(jnp.array([1.0, 0.1]), params, state)
-    >>> ascent.direction / jnp.linalg.norm(ascent.direction)  # the first entry is not new
-    Array([0.87622, 0.48192], dtype=float32)
+    >>> d = ascent.direction
+    >>> (d / jnp.linalg.norm(d)).round(2)  # the first entry is not new
+    Array([0.88, 0.48], dtype=float32)
     """
     check_at_least("history", history, 1)
     check_nonnegative("alpha", alpha)
@@ -170,8 +171,9 @@ def averaged_monge_over(
     >>> microbatches = batch.reshape(2, 1, 2)
     >>> each = jax.vmap(jax.grad(loss), (None, 0))(params, microbatches)
     >>> metric = averaged_monge_over(each, alpha=1.0)
-    >>> worst_case_perturbation(metric, jax.grad(loss)(params, batch), params, rho=0.1)
-    Array([0.0314755, 0.0078689 ], dtype=float32)
+    >>> delta = worst_case_perturbation(metric, jax.grad(loss)(params, batch), params, rho=0.1)
+    >>> delta.round(3)
+    Array([0.031, 0.008], dtype=float32)
     """
     check_nonnegative("alpha", alpha)
     _check_linear(base)
