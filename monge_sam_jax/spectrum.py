@@ -187,8 +187,8 @@ def spectral_density(
       num_samples: as there.
       num_steps: as there.
       width: sigma, in units of eigenvalues; None: a hundredth of the largest one in magnitude. It
-        is no narrower than the spacing of a grid that is chosen here, so that no peak falls between
-        two points.
+        is no narrower than the spacing of a grid that is chosen here, nor than its dtype resolves,
+        so that no peak falls between two points.
       num_points: points of the grid, 64 or more.
       grid: points at which to give the density, to compare several; None: evenly spaced ones from
         six widths below the smallest Ritz value to six above the largest. num_points is not used
@@ -224,13 +224,14 @@ def spectral_density(
         num_steps=num_steps,
         reorthogonalize=reorthogonalize,
     )
+    largest = jnp.max(jnp.abs(nodes))
     if width is None:
-        largest = jnp.max(jnp.abs(nodes))
         width = 0.01 * jnp.where(largest == 0, 1.0, largest)
     width = jnp.asarray(width, nodes.dtype)
     if grid is None:
         low, high, margin = jnp.min(nodes), jnp.max(nodes), 6
         width = jnp.maximum(width, (high - low) / (num_points - 1 - 2 * margin))
+        width = jnp.maximum(width, num_points * jnp.finfo(nodes.dtype).eps * largest)
         grid = jnp.linspace(low - margin * width, high + margin * width, num_points)
     grid = jnp.asarray(grid, nodes.dtype)
     bells = jax.scipy.stats.norm.pdf(grid[:, None], nodes.reshape(1, -1), width)
