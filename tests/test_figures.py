@@ -267,7 +267,7 @@ def test_no_number_means_all():
     assert Figures().numbers == Figures(()).numbers == (1, 2, 3, 4, 5)
 
 
-@pytest.mark.parametrize("number", ["0", "6", "one"])
+@pytest.mark.parametrize("number", ["0", "6", "7", "one"])
 def test_other_numbers_are_refused(number, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["figures", number])

@@ -36,6 +36,9 @@ COLOURS = {
     "monge_sam": "#D55E00",
     "adaptive_sam": "#009E73",
     "fisher_sam": "#CC79A7",
+    "supremum": "#56B4E9",
+    "averaged_monge": "#882255",  # beyond that palette, as no colour of it is left
+    "geodesic": "#999933",
 }
 GREY = "#888888"  # what is no method: references, levels, and marks that hold for all methods
 # For `matplotlib.rcParams`: pyplot's figures in the notebooks then look like those drawn here.

@@ -1,4 +1,4 @@
-"""Figure 6, which the paper does not have: figure 5 with one pass beside two."""
+"""A figure that the paper does not have: figure 5 with one pass beside two."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,16 +16,17 @@ from monge_sam_jax.experiments.common.plots import (
     FONT_SIZE,
     GREY,
     LABELS,
-    SMALL,
     blank_figure,
+    legend_below,
 )
 from monge_sam_jax.experiments.figures.plots import banana_contours, plane
 from monge_sam_jax.experiments.figures.trajectories import (
     METRICS,
     Result,
     Row,
-    classify,
+    grid_of_starts,
     run_method,
+    summary,
 )
 from monge_sam_jax.metrics import Metric
 from monge_sam_jax.one_pass import one_pass_sam, unperturbed_params
@@ -63,10 +64,9 @@ def one_pass_paths(metric: Metric, starts: np.ndarray, steps: int) -> tuple[np.n
     return y, theta
 
 
-def figure_6() -> Result:
+def one_pass_figure() -> Result:
     """Trajectories from the grid of figure 5, of SAM and M-SAM in two passes and in one."""
-    ticks = np.linspace(-3, 3, 10)
-    starts = np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
+    starts = grid_of_starts()
     panels: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     rows: list[Row] = []
     for name in ("sam", "monge_sam"):
@@ -81,23 +81,12 @@ def figure_6() -> Result:
                 for steps in (STEPS, LONGER):
                     row: Row = {"method": LABELS[name], "passes": passes, "at": place}
                     row["steps"] = steps
-                    rows.append(row | _summary(path[steps]))
+                    rows.append(row | summary(path[steps]))
     setting = (
         "(1 - t1 t2)^2 from a 10 x 10 grid on [-3, 3]^2, rho 1, learning rate 0.01. One pass takes "
         "its gradients at y, theta + delta. Shares of ends as in figure 5, medians over all"
     )
     return Result(setting, rows, _figure(panels))
-
-
-def _summary(ends: np.ndarray) -> Row:
-    saddle, flattest, valley, diverged = classify(ends)
-    return {
-        "saddle": float(saddle.mean()),
-        "flattest": float(flattest.mean()),
-        "valley": float(valley.mean()),
-        "other": float(1 - (saddle | flattest | valley | diverged).mean()),
-        "median loss": float(np.median(banana(jnp.asarray(ends)))),
-    }
 
 
 def _figure(panels: Mapping[tuple[str, str], Mapping[str, np.ndarray]]) -> Figure:
@@ -121,8 +110,9 @@ def _figure(panels: Mapping[tuple[str, str], Mapping[str, np.ndarray]]) -> Figur
             axes.plot(*paths["y"][-1].T, **ends, markerfacecolor="white", markersize=3, zorder=8)
         title = f"{LABELS[name]}, {'two passes' if passes == 'two' else 'one pass'}"
         axes.set_title(f"{title}\n{_note(paths)}", fontsize=FONT_SIZE)
-    figure.legend(
-        handles=[
+    legend_below(
+        figure,
+        [
             *axes.get_legend_handles_labels()[0],
             Line2D([], [], **neutral, markersize=1.5, label="starts"),
             Line2D([], [], **neutral, markersize=4, label=rf"$\theta$ after {STEPS} steps"),
@@ -130,10 +120,6 @@ def _figure(panels: Mapping[tuple[str, str], Mapping[str, np.ndarray]]) -> Figur
                 [], [], **neutral, markerfacecolor="white", markersize=3, label="$y$ of one pass"
             ),
         ],
-        loc="outside lower center",
-        ncols=4,
-        fontsize=SMALL,
-        frameon=False,
     )
     return figure
 
@@ -142,7 +128,7 @@ def _note(paths: Mapping[str, np.ndarray]) -> str:
     symbols = {"theta": r"$\theta$", "y": "$y$"}
     notes = []
     for place, path in paths.items():
-        row = _summary(path[-1])
+        row = summary(path[-1])
         notes.append(
             f"{symbols[place]}: {row['saddle']:.0%} at saddle, loss {row['median loss']:.2g}"
         )

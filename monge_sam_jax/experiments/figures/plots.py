@@ -296,21 +296,22 @@ def stability_figure(
     return figure
 
 
-def marginals_figure(paths: Mapping[str, np.ndarray], notes: Mapping[str, str]) -> Figure:
-    """Figure 5: trajectories on the banana, with the marginal distributions of their ends.
+def marginals_figure(paths: Mapping[str, np.ndarray], titles: Mapping[str, str]) -> Figure:
+    """Figure 5 and the comparison: trajectories on the banana, and the marginals of their ends.
 
     Args:
-      paths: iterates, shape (steps + 1, n, 2), by method; four at most.
-      notes: what is written under the title of each panel, by method.
+      paths: iterates, shape (steps + 1, n, 2), by method; an even number of methods.
+      titles: of the panels, by method.
 
     Returns:
       A panel for each method, with histograms of the end points above and beside it, up to half
       of the points.
     """
-    figure = blank_figure(5.9)
+    rows = len(paths) // 2
+    figure = blank_figure(0.9 + 2.5 * rows)
     edge = 3.2
     bins = np.arange(-3.3, 3.4, 0.2)
-    for (name, path), axes in zip(paths.items(), figure.subplots(2, 2).flat, strict=False):
+    for (name, path), axes in zip(paths.items(), figure.subplots(rows, 2).flat, strict=True):
         plane(axes, (-edge, -edge), (edge, edge))
         banana_contours(axes)
         lines = LineCollection(list(path.transpose(1, 0, 2)), colors=COLOURS[name])
@@ -335,7 +336,7 @@ def marginals_figure(paths: Mapping[str, np.ndarray], notes: Mapping[str, str]) 
         side.set(ylim=(-edge, edge), xlim=(0, 0.5 * len(ends)))
         for marginal in (top, side):
             marginal.axis("off")
-        top.set_title(f"{LABELS[name]}\n{notes[name]}", fontsize=FONT_SIZE)
+        top.set_title(titles[name], fontsize=FONT_SIZE)
     neutral: dict[str, Any] = {"color": GREY, "linestyle": "none", "marker": "o"}
     steps = len(next(iter(paths.values()))) - 1
     legend_below(

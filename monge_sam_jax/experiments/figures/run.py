@@ -1,6 +1,6 @@
 """`monge-sam figures`: the figures of the paper, and the numbers behind them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import jax
@@ -10,10 +10,20 @@ from rich.table import Table
 from monge_sam_jax.experiments.common import report
 from monge_sam_jax.experiments.common.progress import steps
 from monge_sam_jax.experiments.figures.analysis import figure_3, figure_4
-from monge_sam_jax.experiments.figures.options import Figures
+from monge_sam_jax.experiments.figures.comparison import comparison_figure
+from monge_sam_jax.experiments.figures.one_pass import one_pass_figure
+from monge_sam_jax.experiments.figures.options import Figures, Name
 from monge_sam_jax.experiments.figures.trajectories import Result, Row, figure_1, figure_2, figure_5
 
-FIGURES = {1: figure_1, 2: figure_2, 3: figure_3, 4: figure_4, 5: figure_5}
+FIGURES: dict[Name, Callable[[], Result]] = {
+    1: figure_1,
+    2: figure_2,
+    3: figure_3,
+    4: figure_4,
+    5: figure_5,
+    "one-pass": one_pass_figure,
+    "comparison": comparison_figure,
+}
 
 
 def run(options: Figures) -> None:
@@ -38,20 +48,25 @@ def run(options: Figures) -> None:
         for number in options.numbers:
             told.begin(f"figure {number}")
             result = draw(number)
-            result.figure.savefig(options.output / f"figure_{number}.png")
+            result.figure.savefig(options.output / picture_of(number))
             figures[str(number)] = {"setting": result.setting, "rows": result.rows}
             tables.append(_table(f"Figure {number}: {result.setting}", result.rows))
             told.end(f"figure {number} is drawn")
     content = {"configuration": configuration, **report.environment(), "figures": figures}
-    pictures = [f"figure_{number}.png" for number in options.numbers]
+    pictures = [picture_of(number) for number in options.numbers]
     report.publish(options.output, {"figures.json": content}, *tables, others=pictures)
 
 
-def draw(number: int) -> Result:
-    """Computes and draws a figure of the paper, in double precision.
+def picture_of(number: Name) -> str:
+    """The file that has the picture."""
+    return f"figure_{number}.png".replace("-", "_")
+
+
+def draw(number: Name) -> Result:
+    """Computes and draws a figure, in double precision.
 
     Args:
-      number: of the figure, from 1 to 5.
+      number: of the figure in the paper, from 1 to 5, or the word for one of ours.
 
     Returns:
       The figure with its numbers.

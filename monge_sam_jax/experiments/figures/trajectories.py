@@ -112,13 +112,18 @@ def figure_2() -> Result:
     return Result(setting, rows, plots.density_figure(panels, labels, RING))
 
 
+def grid_of_starts() -> np.ndarray:
+    """The starts of figure 5: 10 x 10 on [-3, 3]^2, shape (100, 2)."""
+    ticks = np.linspace(-3, 3, 10)
+    return np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
+
+
 def figure_5() -> Result:
     """Trajectories from a grid on the banana, for every method."""
-    ticks = np.linspace(-3, 3, 10)
-    starts = np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
+    starts = grid_of_starts()
     # There theta_2 = -theta_1 is kept, and gradient descent too ends at the saddle.
     skewed = np.abs(starts.sum(axis=-1)) < 1e-9
-    paths, notes = {}, {}
+    paths, titles = {}, {}
     rows: list[Row] = []
     for name, label in LABELS.items():
         path, longer = (
@@ -127,7 +132,7 @@ def figure_5() -> Result:
         )
         saddle, flattest, valley, diverged = classify(path[-1])
         paths[name] = path
-        notes[name] = f"{saddle.mean():.0%} at saddle,\n{flattest.mean():.0%} at flattest minima"
+        titles[name] = panel_title(label, path[-1])
         rows.append(
             {
                 "method": label,
@@ -147,7 +152,7 @@ def figure_5() -> Result:
         "within 0.3 of a flattest minimum, else in the valley (loss below 0.05). Later: after 5000 "
         "steps, where rounding has freed some of gradient descent's from the saddle"
     )
-    return Result(setting, rows, plots.marginals_figure(paths, notes))
+    return Result(setting, rows, plots.marginals_figure(paths, titles))
 
 
 def classify(ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -166,3 +171,21 @@ def classify(ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     saddle, flattest = radius < 0.3, np.min(distances, axis=0) < 0.3
     valley = (np.asarray(banana(jnp.asarray(ends))) < 0.05) & ~flattest & ~diverged
     return saddle, flattest, valley, diverged
+
+
+def summary(ends: np.ndarray) -> Row:
+    """Shares of end points on the banana, as `classify` tells them apart, and their median loss."""
+    saddle, flattest, valley, diverged = classify(ends)
+    return {
+        "saddle": float(saddle.mean()),
+        "flattest": float(flattest.mean()),
+        "valley": float(valley.mean()),
+        "other": float(1 - (saddle | flattest | valley | diverged).mean()),
+        "median loss": float(np.median(banana(jnp.asarray(ends)))),
+    }
+
+
+def panel_title(label: str, ends: np.ndarray) -> str:
+    """A method, and how many of its trajectories on the banana end where."""
+    row = summary(ends)
+    return f"{label}\n{row['saddle']:.0%} at saddle,\n{row['flattest']:.0%} at flattest minima"
