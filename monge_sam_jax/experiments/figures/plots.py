@@ -308,7 +308,7 @@ def marginals_figure(paths: Mapping[str, np.ndarray], titles: Mapping[str, str])
       of the points.
     """
     rows = len(paths) // 2
-    figure = blank_figure(0.9 + 2.5 * rows)
+    figure = blank_figure(3.1 * rows - 0.3)
     edge = 3.2
     bins = np.arange(-3.3, 3.4, 0.2)
     for (name, path), axes in zip(paths.items(), figure.subplots(rows, 2).flat, strict=True):
