@@ -78,5 +78,5 @@ def test_the_picture(result, tmp_path):
     result.figure.savefig(tmp_path / "figure.png")
     height, width, _ = matplotlib.image.imread(tmp_path / "figure.png").shape
     assert width == 1320  # 4.4 inches
-    assert height < 1600
+    assert height < 1900
     assert len({tuple(r) for r in result.rows}) == 1

@@ -91,7 +91,7 @@ def one_pass_figure() -> Result:
 
 def _figure(panels: Mapping[tuple[str, str], Mapping[str, np.ndarray]]) -> Figure:
     """A panel for each method and number of passes, with the median loss at the ends."""
-    figure = blank_figure(5.9)
+    figure = blank_figure(6.1)
     edge = 3.2
     neutral: dict[str, Any] = {"color": GREY, "linestyle": "none", "marker": "o"}
     for (key, paths), axes in zip(panels.items(), figure.subplots(2, 2).flat, strict=True):
@@ -129,7 +129,5 @@ def _note(paths: Mapping[str, np.ndarray]) -> str:
     notes = []
     for place, path in paths.items():
         row = summary(path[-1])
-        notes.append(
-            f"{symbols[place]}: {row['saddle']:.0%} saddle, loss {row['median loss']:.2g}"
-        )
+        notes.append(f"{symbols[place]}: {row['saddle']:.0%} saddle, loss {row['median loss']:.2g}")
     return "\n".join(notes)
