@@ -3,6 +3,7 @@
 import difflib
 import functools
 import importlib
+import os
 import signal
 import sys
 import textwrap
@@ -20,9 +21,12 @@ from monge_sam_jax.experiments.common.errors import (
     LostProcessError,
     installing,
 )
+from monge_sam_jax.experiments.common.options import FINISHED
 from monge_sam_jax.experiments.figures.options import Figures
 from monge_sam_jax.experiments.quality.options import Quality
 from monge_sam_jax.experiments.train.options import Train
+
+CLOSED_PIPE = 141  # of a program whose output nobody reads any more, by convention
 
 
 class Command(NamedTuple):
@@ -48,6 +52,10 @@ class Command(NamedTuple):
         return "nothing is kept; the same command begins anew"
 
 
+_STORE = (
+    (f"{FINISHED}/*.npz",),
+    f"what is finished is kept in {{output}}/{FINISHED}; the same command goes on from there",
+)
 COMMANDS = {
     "train": Command(
         Train,
@@ -69,18 +77,8 @@ COMMANDS = {
         "the models in the .json file in {output} are kept; the same command begins anew",
     ),
     "quality": Command(Quality, "monge_sam_jax.experiments.quality.run:run"),
-    "bad-minimum": Command(
-        BadMinimum,
-        "monge_sam_jax.experiments.bad_minimum.run:run",
-        ("kept/*.npz",),
-        "finished minima and runs are kept in {output}/kept; the same command goes on from there",
-    ),
-    "clip": Command(
-        Clip,
-        "monge_sam_jax.experiments.clip.run:run",
-        ("finished/*/*.npz",),
-        "finished runs are kept in {output}/finished; the same command goes on from there",
-    ),
+    "bad-minimum": Command(BadMinimum, "monge_sam_jax.experiments.bad_minimum.run:run", *_STORE),
+    "clip": Command(Clip, "monge_sam_jax.experiments.clip.run:run", *_STORE),
 }
 
 
@@ -92,9 +90,29 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Raises:
       SystemExit: after help or the version, with code 0; after one line on stderr, with code 2
-        where options or data cannot be used, 3 where a process of a distributed run is gone, and
-        130 where Ctrl-C interrupts.
+        where options or data cannot be used, 3 where a process of a distributed run is gone, 130
+        where Ctrl-C interrupts, and 141 where what reads the output has ended.
     """
+    try:
+        try:
+            _main(args)
+        except SystemExit as exit_:
+            # So Rich tells of a closed pipe.
+            if isinstance(exit_.__context__, BrokenPipeError):
+                raise exit_.__context__ from None
+            raise
+        finally:
+            sys.stdout.flush()  # while it can still be answered
+    except BrokenPipeError:
+        for stream in (sys.stdout, sys.stderr):  # which Python flushes at its end
+            try:
+                stream.flush()
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.exit(CLOSED_PIPE)
+
+
+def _main(args: Sequence[str] | None) -> None:
     first, *rest = (sys.argv[1:] if args is None else args) or ("",)
     if first in ("-h", "--help"):
         print(_overview())

@@ -55,7 +55,7 @@ def trainer(splits):
 @pytest.fixture(scope="module")
 def start(finished):
     """The variables at the bad minimum of seed 0."""
-    (path,) = (finished / "kept").glob("start_seed0_*.npz")
+    (path,) = (finished / "finished").glob("start_seed0_*.npz")
     return kept.kept(path, None)["variables"]
 
 
@@ -86,7 +86,7 @@ def runs_of(results, method):
 
 def test_files_and_their_content(finished, results):
     assert {path.name for path in finished.iterdir()} == {
-        *("results.json", "bad_minimum.md", "figure6.png", "mechanism.png", "kept")
+        *("results.json", "bad_minimum.md", "figure6.png", "mechanism.png", "finished")
     }
     cells = [(run["method"], run["rho"]) for run in results["runs"]]
     perturbed = [(method, rho) for rho in RHO for method in ("sam", "monge_sam")]
@@ -206,15 +206,16 @@ def test_largest_loss_of_a_batch_is_kept(trainer, splits, start, monkeypatch):
     monkeypatch.setattr(
         trainer, "epoch", lambda state, *_: (state, [np.array([x]) for x in next(fake)])
     )
-    rows = np.arange(100).reshape(2, 50)
+    rows, told = np.arange(100).reshape(2, 50), []
     curves = training.train(
         trainer,
         trainer.begin(start, 0.1, 0.0),
         splits,
         lambda: rows,
         [0, 2, 4],
-        on_epoch=lambda: None,
+        on_epoch=told.append,
     )
+    assert told == [1.0, 5.0, 2.0, 0.5]  # of the last batch
     assert curves["peak_loss"][1:].tolist() == [5.0, 4.0]
     assert curves["peak_loss"][0] == pytest.approx(curves["train_loss"][0], rel=1e-5)
 
@@ -251,7 +252,7 @@ def test_interrupted_run_goes_on(finished, results, tmp_path, monkeypatch):
         patch.setattr(training, "train", train_thrice)
         with pytest.raises(KeyboardInterrupt):
             running.run(options)
-    assert len(list((tmp_path / "kept").iterdir())) == 4
+    assert len(list((tmp_path / "finished").iterdir())) == 4
     trained = []
     monkeypatch.setattr(
         training, "train", lambda *args, **kw: trained.append(kw["rho"]) or train(*args, **kw)
@@ -279,7 +280,7 @@ def test_interrupted_run_goes_on(finished, results, tmp_path, monkeypatch):
     ],
 )
 def test_what_is_kept_is_not_made_again(finished, tmp_path, monkeypatch, changes, made):
-    (tmp_path / "kept").symlink_to(finished / "kept")
+    (tmp_path / "finished").symlink_to(finished / "finished")
     asked = []
 
     def make(name):
@@ -291,13 +292,12 @@ def test_what_is_kept_is_not_made_again(finished, tmp_path, monkeypatch, changes
 
     def curves(self, cell, seed, *args):
         asked.append(cell.method if "learning_rate" in changes else (cell.method, cell.rho))
-        return kept.kept(next((finished / "kept").glob(f"sgd_seed{seed}_*")), None)
+        return keep(next((finished / "finished").glob(f"sgd_seed{seed}_*")), None)
 
     monkeypatch.setattr(training, "find_bad_minimum", make("minimum"))
     monkeypatch.setattr(running._Comparison, "_curves", curves)
-    monkeypatch.setattr(
-        running, "kept", lambda path, fn: kept.kept(path, fn) if path.exists() else fn()
-    )
+    keep = kept.kept
+    monkeypatch.setattr(kept, "kept", lambda path, fn: keep(path, fn) if path.exists() else fn())
     options = dataclasses.replace(SMALL, **{"seeds": 1, "output": tmp_path} | changes)
     if made == ["minimum"]:
         with pytest.raises(KeyboardInterrupt):
@@ -368,7 +368,7 @@ def test_minimum_that_is_not_reached(trainer, splits):
         SMALL.recipe, confusion_epochs=1, fitting_epochs=2, fitting_learning_rate=0.0
     )
     with pytest.raises(InputError, match=r"fitted after 2 epochs.*--fitting-epochs"):
-        training.find_bad_minimum(trainer, recipe, splits, 0, lambda: None)
+        training.find_bad_minimum(trainer, recipe, splits, 0, lambda loss: None)
 
 
 @pytest.mark.parametrize(
@@ -379,7 +379,7 @@ def test_minimum_that_is_not_reached(trainer, splits):
         (["--seed", "-1"], "--seed must be from 0"),
         (["--rho", "-1"], "--rho needs finite positive numbers, got (-1.0,)"),
         (["--rho", "1", "0.5"], "--rho needs radii that increase"),
-        (["--rho", "1", "1"], "--rho needs radii that increase"),
+        (["--rho", "1", "1"], "--rho has a number twice: 1.0 1.0"),
         (["--learning-rate", "nan"], "--learning-rate must be finite"),
         (["--batch-size", "501"], "--batch-size 501 is larger than --train-size 500"),
         (["--evaluations", "9", "--epochs", "8"], "--evaluations 9 are more than --epochs 8"),
@@ -429,12 +429,13 @@ def fake_results(sgd, sam, monge_sam, lowest_sam, lowest_monge, scratch=70, seed
     """Test accuracies and lowest training accuracies by radius, with a little spread over seeds."""
 
     def run(method, rho, test, lowest):
-        spread = [0.01, 0.03, -0.04][:seeds]
+        of_method = {"scratch": 1, "sgd": 2, "sam": 3, "monge_sam": 4}[method]
+        spread = [(of_method + (rho or 0) / 10) * x for x in (0.01, 0.03, -0.04)][:seeds]
         finals = [
             {
-                "test_accuracy": test + x * (1 + (method == "sam")),
+                "test_accuracy": test + x,
                 "validation_accuracy": test,
-                "lowest_train_accuracy": lowest + x * (1 + (method == "sam")),
+                "lowest_train_accuracy": lowest + x,
                 "train_accuracy": 100.0 if lowest > 50 else 60.0,
             }
             for x in spread

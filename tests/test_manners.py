@@ -26,7 +26,7 @@ from monge_sam_jax.experiments.train import outputs
 from monge_sam_jax.experiments.train.checkpoints import Checkpoints
 from monge_sam_jax.experiments.train.models import MODELS
 
-PATIENCE = 120
+PATIENCE = 600  # seconds, which only a hang takes: the machine may be busy
 SMALL = {
     "train": (
         *("--optimizers", "sgd", "monge_sam", "--epochs", "400", "--seeds", "1"),
@@ -43,8 +43,8 @@ BEGUN = {  # what is there when the work is under way, in the output folder
     "figures": "figure_1.png",
     "bench": "",
     "quality": "",
-    "bad-minimum": "kept/start*.npz",
-    "clip": "finished/*/start*.npz",
+    "bad-minimum": "finished/start*.npz",
+    "clip": "finished/start*.npz",
 }
 
 
@@ -140,6 +140,37 @@ def test_an_interrupt_in_this_process(monkeypatch, tmp_path, capsys):
     assert err == "monge-sam: interrupted: nothing is kept; the same command begins anew\n"
 
 
+@pytest.mark.parametrize(
+    ("args", "streams"),
+    [
+        (["bench", "--help"], ("stdout",)),
+        (["--help"], ("stdout",)),
+        (["figures", "3", "--output", "{tmp}"], ("stdout",)),
+        (["figures", "3", "--output", "{tmp}"], ("stdout", "stderr")),
+        (["train", "--rounds", "3"], ("stderr",)),
+    ],
+)
+def test_a_closed_pipe_ends_a_command_quietly(args, streams, tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    others = {"stdout", "stderr"} - set(streams)
+    process = subprocess.run(
+        [sys.executable, "-m", "monge_sam_jax", *(arg.format(tmp=tmp_path) for arg in args)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        **dict.fromkeys(streams, writing),
+        **dict.fromkeys(others, subprocess.PIPE),
+        check=False,
+        timeout=PATIENCE,
+    )
+    os.close(writing)
+    assert process.returncode == 141
+    told = (process.stderr or b"").decode()
+    assert all(line.startswith("figure 3 is drawn") for line in told.splitlines()), told
+    assert not process.stdout
+    if args[0] == "figures" and "stderr" not in streams:
+        assert (tmp_path / "figures.json").exists()
+
+
 # --- nothing is lost ---
 
 OTHER = {  # options that differ from `SMALL`, and what the refusal calls them
@@ -194,6 +225,23 @@ def test_results_of_other_options_are_not_overwritten_in_silence(
     with pytest.raises(SystemExit):
         main([command, *small, *common])
     assert "does not say of what options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["bad-minimum", "clip"])
+def test_more_seeds_go_on_in_the_same_folder(command, tmp_path, capsys, only_prepare):
+    first = [command, *SMALL[command], "--output", str(tmp_path)]
+    for seeds in ("--seed 1 --seeds 2", "--seed 1 --seeds 3", "--seeds 4"):
+        with pytest.raises(Begun):
+            main([*first, *seeds.split()])
+    other, named = OTHER[command]
+    for options, told in (
+        ("--seeds 3", "differ in --seeds (was 4, is 3);"),
+        ("--seeds 4 --seed 1", "differ in --seed (was 0, is 1);"),
+        (f"--seeds 5 {' '.join(other)}", f"differ in {named};"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*first, *options.split()])
+        assert told in capsys.readouterr().err
 
 
 def test_compiled_programs_of_other_options_are_not_overwritten(tmp_path, capsys, only_prepare):
@@ -354,7 +402,7 @@ def test_params_in_bfloat16_with_statistics_and_in_shards_are_whole(tmp_path, ei
     assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), dict(like))
 
 
-def test_files_for_tensorboard(trained, tmp_path, monkeypatch):
+def test_files_for_tensorboard_are_written_on_the_way(tmp_path, monkeypatch):
     written = {}
 
     class SummaryWriter:
@@ -364,18 +412,36 @@ def test_files_for_tensorboard(trained, tmp_path, monkeypatch):
         def add_scalar(self, *scalar):
             self.scalars.append(scalar)
 
+        def flush(self):
+            self.scalars.append("flushed")
+
         def close(self):
             self.scalars.append("closed")
 
     monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=SummaryWriter))
-    results = json.loads((trained[1] / "results.json").read_text())["optimizers"]
-    records = {name: entry["seeds"] for name, entry in results.items()}
-    outputs.write_events(tmp_path, records)
+    save = Checkpoints.save_if_due
+
+    def save_and_end(self, stage):
+        save(self, stage)
+        if self.epochs_behind(stage) == 4:
+            raise KeyboardInterrupt
+
+    command = ["train", *TRAINING, "--output", str(tmp_path), "--tensorboard"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save_if_due", save_and_end)
+        with pytest.raises(SystemExit):
+            main(command)
+    # What was logged until the end is there already, but for the epoch that was interrupted.
+    assert [s[2] for s in written["sgd_seed1"] if s[0] == "test_loss"] == [1]
+    assert written["sgd_seed1"][-1] == "closed"
+    written.clear()
+    main([*command, "--resume"])
+    results = json.loads((tmp_path / "results.json").read_text())["optimizers"]
     assert set(written) == {f"{o}_seed{s}" for o in ("sgd", "monge_sam") for s in (0, 1)}
-    losses = [s[1:] for s in written["sgd_seed1"][:-1] if s[0] == "test_loss"]
+    losses = [s[1:] for s in written["sgd_seed1"] if s[0] == "test_loss"]
     curve = results["sgd"]["seeds"][1]["curves"]["test_loss"]
     assert losses == [(value, epoch + 1) for epoch, value in enumerate(curve)]
-    assert written["sgd_seed1"][-1] == "closed"
+    assert written["sgd_seed1"][-2:] == ["flushed", "closed"]
 
 
 def test_what_tensorboard_needs_is_named_before_the_work(tmp_path, monkeypatch, capsys):
@@ -405,14 +471,14 @@ def test_without_a_terminal_there_is_a_line_for_every_epoch(tmp_path, capsys):
 def test_without_a_terminal_there_is_a_line_for_every_stage(tmp_path, capsys):
     main(["figures", "3", "--output", str(tmp_path)])
     err = capsys.readouterr().err
-    assert re.fullmatch(r"figure 3 is drawn, 0 of 1 figures left, about 0 s\n", err)
+    assert re.fullmatch(r"figure 3 is drawn, 0 of 1 figure left, about 0 s\n", err)
 
 
 def tell(**options):
-    with progress.steps("study", 10, completed=4, unit="epochs", **options) as told:
+    with progress.steps("study", 10, completed=4, unit="epoch", **options) as told:
         told.begin("seed 0")
-        told.begin_part("part", 2, "halves")
-        told.end_part()
+        told.begin_part("part", 2, "piece")
+        told.end_part(0.125)
         told.end("epoch 5", 0.25)
 
 
@@ -422,7 +488,7 @@ def test_bars_tell_unit_loss_and_time_left(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
     tell()
     err = capsys.readouterr().err
-    for told in ("study: seed 0", " 5/10", "epochs", "loss 0.25", "1/2", "halves"):
+    for told in ("study: seed 0", " 5/10", "epochs", "loss 0.25", "1/2", "pieces", "loss 0.125"):
         assert told in err, told
     assert "5 of 10" not in err
 

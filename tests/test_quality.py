@@ -57,11 +57,14 @@ def by_hand(problem, name, rho, rows):
 
 @pytest.mark.parametrize("name", quality_training.METHODS)
 def test_curve_is_that_of_a_loop(problem, name):
-    curve = quality_training.learn(problem, name, None if name == "sgd" else 0.1, 2, seed=5)
+    curves = quality_training.learn(problem, name, None if name == "sgd" else 0.1, 2, seed=5)
     rows = shuffled_rows(
         len(problem.train.y), quality_tasks.BATCH_SIZE, np.random.default_rng((5, 3)), 2
     )
-    assert len(curve) == 3
+    curve = curves["test_accuracy"]
+    assert len(curve) == len(curves["train_loss"]) == 3
+    loss = float(mean_loss(by_hand(problem, name, 0.1, rows), problem.train))
+    assert curves["train_loss"][-1] == pytest.approx(loss, rel=1e-3)
     assert curve[0] == quality_tasks.accuracy(problem.params, problem.test)
     expected = by_hand(problem, name, 0.1, rows)
     right = curve[-1] / 100 * len(problem.test.y)

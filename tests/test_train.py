@@ -231,6 +231,8 @@ def test_the_table_shows_mean_and_standard_error(outcome):
     assert all(entry["label"] in printed for entry in results["optimizers"].values())
     for quantity, (_, factor) in COLUMNS.items():
         summaries = [entry["summary"][quantity] for entry in results["optimizers"].values()]
+        if quantity == "ratio_to_sgd":
+            summaries[0] = {"mean": 1.0}  # its own, without an error
         cells = format_column(summaries, factor)
         assert all(line in printed for cell in cells for line in cell.split("\n"))
 
@@ -243,7 +245,8 @@ def test_the_table_shows_mean_and_standard_error(outcome):
         ([(-0.5, 0.00999)], ["-0.5000\n±0.0100"]),
         ([(1.234e-6, 2.5e-7)], ["1.23e-06\n±2.5e-07"]),
         ([(0.0, 1e9)], ["0.00e+00\n±1.0e+09"]),
-        ([(1.0, 0.0), (2.5, 0.021)], ["1.000\n±0.000", "2.500\n±0.021"]),
+        ([(1.0, 0.0), (2.5, 0.021)], ["1.000\n±0", "2.500\n±0.021"]),
+        ([(1.0, 0.0004), (2.5, 0.21)], ["1.00\n±4e-04", "2.50\n±0.21"]),
         ([(1.0, None), (1.984, None), (0.25, None)], ["1.000", "1.984", "0.250"]),
         ([(97.654321, None), (100.0, None)], ["97.7", "100.0"]),
         ([(0.0, None)], ["0.000"]),
@@ -291,7 +294,7 @@ def test_the_png_shows_the_optimizers_that_ran(outcome, folder):
     del outcome
     pixels = matplotlib.image.imread(folder / "training.png")[..., :3]
     height, width, _ = pixels.shape
-    assert width == plotting.WIDTH * plotting.DOTS_PER_INCH
+    assert width == pytest.approx(plotting.FIGURE_WIDTH * plotting.DOTS_PER_INCH)
     assert 400 < height < width
     for name, colour in plotting.COLOURS.items():
         shown = np.all(np.abs(pixels - to_rgb(colour)) < 0.01, axis=-1).sum()
@@ -602,7 +605,9 @@ RESUMED = (
 
 
 def checkpoints_in(output):
-    return sorted(os.listdir(output / "checkpoints"))
+    names = set(os.listdir(output / "checkpoints"))
+    assert checkpoints.OPTIONS in names
+    return sorted(names - {checkpoints.OPTIONS})
 
 
 @pytest.fixture(scope="module")
@@ -635,7 +640,8 @@ def uninterrupted(compiled_once, images, tmp_path_factory):
     del compiled_once
     output = tmp_path_factory.mktemp("uninterrupted")
     (output / "checkpoints" / "epoch_100").mkdir(parents=True)  # of an earlier run
-    results, _ = train(output, *RESUMED, "--data", str(images), "--checkpoint-every", "4")
+    command = (*RESUMED, "--data", str(images), "--checkpoint-every", "4")
+    results, _ = train(output, *command, "--overwrite")
     assert checkpoints_in(output) == ["epoch_4"]
     return results["optimizers"], output
 
@@ -677,6 +683,27 @@ def test_an_interrupted_run_is_resumed_bit_for_bit(uninterrupted, images, tmp_pa
 def test_a_checkpoint_of_other_options_is_refused(uninterrupted, images, capsys):
     command = (*RESUMED, "--data", str(images), "--output", str(uninterrupted[1]), "--resume")
     assert "--alpha was 1.0, and is 2.0 now" in error_line(capsys, *command, "--alpha", "2")
+
+
+def test_checkpoints_of_other_options_are_not_deleted(
+    compiled_once, images, tmp_path, monkeypatch, capsys
+):
+    del compiled_once
+    command = (*RESUMED, "--data", str(images), "--checkpoint-every", "1")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2, KeyboardInterrupt)
+        with pytest.raises(SystemExit):
+            train(tmp_path, *command)
+    capsys.readouterr()
+    others = (*command, "--output", str(tmp_path))
+    line = error_line(capsys, *others, "--alpha", "2")
+    assert "its checkpoints/options.json is of other options, which differ in --alpha (was" in line
+    assert "--overwrite" in line
+    assert checkpoints_in(tmp_path) == ["epoch_1", "epoch_2"]
+    (tmp_path / "checkpoints" / checkpoints.OPTIONS).unlink()
+    assert "does not say of what options it is" in error_line(capsys, *others)
+    train(tmp_path, *command, "--alpha", "2", "--overwrite")
+    assert checkpoints_in(tmp_path) == ["epoch_5", "epoch_6"]
 
 
 def test_nothing_to_resume_is_said_in_one_line(compiled_once, images, tmp_path, capsys):

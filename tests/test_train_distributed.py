@@ -15,7 +15,7 @@ import xla_flags
 
 from monge_sam_jax.experiments.train import distributed
 
-PATIENCE = 120  # seconds for a run that takes ten on an idle machine
+PATIENCE = 600  # seconds for a run that takes ten on an idle machine: only a hang takes them all
 OPTIONS = (
     *("--optimizers", "monge_sam", "--rho", "0.5", "--learning-rate", "0.2"),
     *("--epochs", "4", "--seeds", "1", "--batch-size", "20", "--checkpoint-every", "1"),

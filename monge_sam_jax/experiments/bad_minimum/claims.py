@@ -2,39 +2,15 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from monge_sam_jax.experiments.common.plots import LABELS
+from monge_sam_jax.experiments.common.report import Difference
 
 ALIKE = 1.0  # points of accuracy that two methods may differ by to be called alike
 VALLEY = 99.0  # a run whose training accuracy falls below this has left the valley
-CERTAIN = 2.0  # standard errors beyond which a mean difference is not put down to chance
-
-
-class Estimate(NamedTuple):
-    """A mean over seeds with its standard error, NaN if there is none."""
-
-    mean: float
-    error: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.1f}" + ("" if np.isnan(self.error) else f" ± {self.error:.1f}")
-
-    @property
-    def is_nothing(self) -> bool:
-        """Whether it is of runs that are the same."""
-        return self.mean == 0 and not self.error > 0
-
-    @property
-    def verdict(self) -> str:
-        """Whether the mean is above zero."""
-        if not np.isfinite(self.error):
-            return "cannot be told"
-        if abs(self.mean) <= CERTAIN * self.error:
-            return "not resolved"
-        return "yes" if self.mean > 0 else "no"
 
 
 class Runs:
@@ -54,9 +30,9 @@ class Runs:
 
     def difference(
         self, a: tuple[str, float | None], b: tuple[str, float | None], name: str = "test_accuracy"
-    ) -> Estimate:
+    ) -> Difference:
         """Of a from b; the runs of a seed are paired, for they start together."""
-        return _estimate(self.finals(*a, name) - self.finals(*b, name))
+        return Difference.of(self.finals(*a, name), self.finals(*b, name))
 
     def leaves(self, method: str, rho: float) -> bool:
         """Whether most runs leave the valley. One that diverges has left it."""
@@ -72,7 +48,7 @@ def claims(results: Mapping[str, Any]) -> list[dict[str, str]]:
 
     Returns:
       For every claim its words, the verdict, and what was measured. A difference of means is taken
-      over the runs of equal seeds, and counts if it exceeds `CERTAIN` standard errors.
+      over the runs of equal seeds, and counts if it exceeds `report.CERTAIN` standard errors.
       A claim on the difference of runs that are the same is left out.
     """
     runs = Runs(results)
@@ -96,11 +72,11 @@ Row: TypeAlias = tuple[str, str, str]
 
 def _is_bad(runs: Runs) -> Row:
     start = runs.curves("sgd", None, "test_accuracy")[:, 0]
-    difference = _estimate(runs.finals("scratch", None, "test_accuracy") - start)
+    difference = Difference.of(runs.finals("scratch", None, "test_accuracy"), start)
     return (
         "a network that fits all training images can generalise badly",
-        difference.verdict,
-        f"test accuracy {start.mean():.1f} at the start, {difference} from scratch",
+        difference.verdict(),
+        f"test accuracy {start.mean():.1f} at the start, {difference.text()} from scratch",
     )
 
 
@@ -111,7 +87,7 @@ def _alike(runs: Runs) -> Row:
     return (
         "SAM and M-SAM end alike where rho is small",
         verdict,
-        f"test accuracy, M-SAM less SAM, alike within {ALIKE:g} point: {_by_radius(differences)}",
+        f"test accuracy, M-SAM less SAM, alike within {ALIKE:g} point: {_texts(differences)}",
     )
 
 
@@ -123,8 +99,8 @@ def _improves(runs: Runs, method: str) -> Row | None:
         return None
     return (
         f"{LABELS[method]} finds a better minimum than SGD",
-        difference.verdict,
-        f"{difference} points of test accuracy at rho = {rho:g}, chosen on validation data",
+        difference.verdict(),
+        f"{difference.text()} points of test accuracy at rho = {rho:g}, chosen on validation data",
     )
 
 
@@ -137,13 +113,13 @@ def _rises(runs: Runs) -> Row | None:
     if gain.is_nothing:
         return None
     rising = all(a <= b for a, b in itertools.pairwise(means[: top + 1]))
-    verdict = gain.verdict if rising else "no"
+    verdict = gain.verdict() if rising else "no"
     if verdict == "yes" and top < len(means) - 1:
         verdict = f"up to rho = {runs.radii[top]:g}"
     return (
         "M-SAM generalises better with a larger rho",
         verdict,
-        f"{gain} points from rho = {runs.radii[0]:g} to {runs.radii[top]:g}; test accuracy "
+        f"{gain.text()} points from rho = {runs.radii[0]:g} to {runs.radii[top]:g}; test accuracy "
         + _by_radius(dict(zip(runs.radii, (f"{mean:.1f}" for mean in means), strict=True))),
     )
 
@@ -161,7 +137,7 @@ def _stays(runs: Runs) -> Row:
     left = [rho for rho in runs.radii if runs.leaves("sam", rho)]
     stayed = [rho for rho in left if not runs.leaves("monge_sam", rho)]
     less = {
-        rho: runs.difference(("monge_sam", rho), ("sam", rho), "lowest_train_accuracy").verdict
+        rho: runs.difference(("monge_sam", rho), ("sam", rho), "lowest_train_accuracy").verdict()
         for rho in left
         if rho not in stayed
     }
@@ -179,7 +155,7 @@ def _stays(runs: Runs) -> Row:
 def _pays(runs: Runs) -> Row:
     left = [rho for rho in runs.radii if runs.leaves("sam", rho)]
     differences = {rho: runs.difference(("sam", rho), ("monge_sam", rho)) for rho in left}
-    verdicts = {rho: difference.verdict for rho, difference in differences.items()}
+    verdicts = {rho: difference.verdict() for rho, difference in differences.items()}
     if not left:
         verdict = "cannot be told: SAM stays"
     elif len(set(verdicts.values())) == 1:
@@ -189,7 +165,7 @@ def _pays(runs: Runs) -> Row:
     return (
         "where SAM leaves, it generalises better than M-SAM",
         verdict,
-        f"test accuracy, SAM less M-SAM: {_by_radius(differences)}",
+        f"test accuracy, SAM less M-SAM: {_texts(differences)}",
     )
 
 
@@ -216,16 +192,11 @@ def _widens(runs: Runs) -> Row:
     at_steepest = lengths[np.arange(len(lengths)), steepest]
     return (
         "M-SAM's perturbation is short where the gradient is large, and widens",
-        _estimate(lengths[:, -1] - at_steepest).verdict,
+        Difference.of(lengths[:, -1], at_steepest).verdict(),
         f"at rho = {rho:g}: {at_steepest.mean():.2f} rho at the largest gradient norm "
         f"({gradients.max(axis=1).mean():.2f}), {lengths[:, -1].mean():.2f} rho at the end "
         f"({gradients[:, -1].mean():.2f})",
     )
-
-
-def _estimate(values: np.ndarray) -> Estimate:
-    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return Estimate(float(values.mean()), float(error))
 
 
 def _where(radii: Sequence[float], largest: float | None) -> str:
@@ -238,6 +209,10 @@ def _where(radii: Sequence[float], largest: float | None) -> str:
 def _lowest(runs: Runs, method: str) -> str:
     lowest = {rho: runs.finals(method, rho, "lowest_train_accuracy").mean() for rho in runs.radii}
     return _by_radius({rho: f"{value:.1f}" for rho, value in lowest.items()})
+
+
+def _texts(differences: Mapping[float, Difference]) -> str:
+    return _by_radius({rho: difference.text() for rho, difference in differences.items()})
 
 
 def _by_radius(values: Mapping[float, Any]) -> str:

@@ -1,6 +1,5 @@
 """The images of `monge-sam bad-minimum`, divided three ways."""
 
-import zlib
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ from monge_sam_jax.experiments.bad_minimum import cifar10
 from monge_sam_jax.experiments.bad_minimum.options import BadMinimum
 from monge_sam_jax.experiments.common.data import Batch, handwritten_digits
 from monge_sam_jax.experiments.common.errors import InputError
+from monge_sam_jax.experiments.common.kept import checksum
 
 CLASSES = 10
 
@@ -53,7 +53,7 @@ class Source:
     @property
     def checksum(self) -> int:
         """Of all images and labels."""
-        return zlib.crc32(self._y.tobytes(), zlib.crc32(self._x.tobytes()))
+        return checksum((self._x, self._y))
 
     def splits(self, seed: int) -> Splits:
         """The division of a seed."""

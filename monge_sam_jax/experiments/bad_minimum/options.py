@@ -7,10 +7,11 @@ from typing import Literal, TypeAlias
 from monge_sam_jax.experiments.common.errors import InputError
 from monge_sam_jax.experiments.common.options import (
     PRESET,
+    InFolderOfPreset,
+    check_counts,
+    check_list,
     check_numbers,
     check_seed,
-    flag,
-    of_preset,
     presets_in_help,
 )
 
@@ -87,7 +88,7 @@ PRESETS: dict[Preset, Recipe] = {
 
 @presets_in_help(PRESETS)
 @dataclasses.dataclass(frozen=True)
-class BadMinimum:
+class BadMinimum(InFolderOfPreset):
     """Fine-tune from a bad global minimum with SGD, SAM and M-SAM (figure 6 of the paper).
 
     A network is first fitted to a confusion set: copies of every training image in which a tenth of
@@ -159,10 +160,6 @@ class BadMinimum:
     output: Path = Path("runs/bad-minimum", PRESET)
     overwrite: bool = False
 
-    def __post_init__(self) -> None:
-        """Resolves the default folder."""
-        object.__setattr__(self, "output", of_preset(self.output, self.preset))
-
     @property
     def recipe(self) -> Recipe:
         """The preset with what was given in place of its values."""
@@ -173,15 +170,13 @@ class BadMinimum:
     def check(self) -> None:
         """Raises an InputError where an option cannot be used."""
         recipe = self.recipe
-        for name, value in {"seeds": self.seeds, **dataclasses.asdict(recipe)}.items():
-            if isinstance(value, int) and value < 1:
-                raise InputError(f"{flag(name)} must be at least 1, got {value}")
+        counts = {"seeds": self.seeds, **dataclasses.asdict(recipe)}
+        check_counts({name: value for name, value in counts.items() if isinstance(value, int)})
         rates = {name: getattr(recipe, name) for name in LEARNING_RATES}
         check_numbers(rates | {"rho": recipe.rho}, positive=True)
         check_numbers({"momentum": recipe.momentum})
-        if not recipe.rho:
-            raise InputError("--rho needs at least one number")
-        if list(recipe.rho) != sorted(set(recipe.rho)):
+        check_list("rho", recipe.rho, "number")
+        if list(recipe.rho) != sorted(recipe.rho):
             raise InputError(f"--rho needs radii that increase, got {recipe.rho}")
         if recipe.batch_size > recipe.train_size:
             raise InputError(

@@ -2,14 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.markdown import Markdown
 
 from monge_sam_jax.experiments.bad_minimum import training
 from monge_sam_jax.experiments.bad_minimum.claims import claims
@@ -19,8 +16,9 @@ from monge_sam_jax.experiments.bad_minimum.plots import accuracy_figure, mechani
 from monge_sam_jax.experiments.bad_minimum.report import LABELS, final, markdown
 from monge_sam_jax.experiments.common import report
 from monge_sam_jax.experiments.common.data import shuffled_rows
-from monge_sam_jax.experiments.common.kept import Tree, fingerprint, kept
-from monge_sam_jax.experiments.common.progress import Steps, steps
+from monge_sam_jax.experiments.common.grid import train_grid
+from monge_sam_jax.experiments.common.kept import Store, Tree
+from monge_sam_jax.experiments.common.progress import Steps
 
 SCRATCH = "scratch"  # the baseline, among the names of methods
 
@@ -37,6 +35,11 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         return LABELS[self.method] + ("" if self.rho is None else f", rho = {self.rho:g}")
+
+    @property
+    def file_name(self) -> str:
+        """What its file is called, before the seed."""
+        return self.method + ("" if self.rho is None else f"_{self.rho}")
 
 
 def cells(recipe: Recipe) -> list[Cell]:
@@ -56,19 +59,15 @@ def run(options: BadMinimum) -> None:
         reached.
     """
     options.check()
-    report.prepare_output(options.output, configuration(options), options.overwrite)
+    report.prepare_output(options.output, configuration(options), options.overwrite, may_grow=True)
     results = compare(options)
-    report.write_json(options.output / "results.json", results)
-    tables = markdown(results)
-    (options.output / "bad_minimum.md").write_text(tables, encoding="utf-8")
-    accuracy_figure(results).savefig(options.output / "figure6.png")
-    mechanism_figure(results).savefig(options.output / "mechanism.png")
-    console = Console()
-    console.print(Markdown(tables))
-    console.print(
-        f"Wrote results.json, bad_minimum.md, figure6.png and mechanism.png to {options.output}",
-        soft_wrap=True,
-    )
+    files = {
+        report.RESULTS: results,
+        "bad_minimum.md": markdown(results),
+        "figure6.png": accuracy_figure(results),
+        "mechanism.png": mechanism_figure(results),
+    }
+    report.publish(options.output, files)
 
 
 def configuration(options: BadMinimum) -> dict[str, Any]:
@@ -89,25 +88,14 @@ def compare(options: BadMinimum) -> dict[str, Any]:
       InputError: the data cannot be used, or a minimum is not reached.
     """
     comparison = _Comparison(options)
-    recipe = options.recipe
-    curves: dict[Cell, list[Tree]] = {cell: [] for cell in cells(recipe)}
-    starts = []
     seeds = range(options.seed, options.seed + options.seeds)
-    with steps("", len(seeds) * (1 + len(curves)), unit="runs") as told:
-        for seed in seeds:
-            for cell, tree in comparison.results_of(seed, told):
-                if cell is None:
-                    starts.append({name: x.item() for name, x in tree.items()})
-                else:
-                    curves[cell].append(tree)
-                told.begin(f"seed {seed}")
-                told.end(f"seed {seed}: {'bad minimum' if cell is None else cell}")
+    starts, curves = train_grid(seeds, cells(options.recipe), comparison.begin, start="bad minimum")
     results = {
         "configuration": configuration(options),
         **report.environment(),
         "data": comparison.sizes,
         "parameters": comparison.parameters,
-        "starts": starts,
+        "starts": [{name: x.item() for name, x in notes.items()} for notes in starts],
         "runs": [_entry(cell, trees, seeds) for cell, trees in curves.items()],
     }
     judged = report.without_verdicts(claims(results), results["configuration"])
@@ -136,7 +124,8 @@ class _Comparison:
     def __init__(self, options: BadMinimum) -> None:
         self._recipe = options.recipe
         self._source = Source(options)
-        self._folder = options.output / "kept"
+        decisive = dataclasses.asdict(self._recipe) | {"checksum": self._source.checksum}
+        self._store = Store(options.output, decisive)
         splits = self._source.splits(options.seed)
         self._trainer = training.Trainer(self._recipe, splits.train)
         self.sizes = {
@@ -147,8 +136,8 @@ class _Comparison:
         fresh = self._trainer.fresh(options.seed)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(fresh["params"]))
 
-    def results_of(self, seed: int, told: Steps) -> Iterator[tuple[Cell | None, Tree]]:
-        """The notes on a seed's bad minimum, under None, and then the curves of all cells."""
+    def begin(self, seed: int, told: Steps) -> tuple[Tree, Callable[[Cell], Tree]]:
+        """The notes on a seed's bad minimum, and what gives the curves of a cell from there."""
         splits = self._source.splits(seed)
 
         def minimum() -> Tree:
@@ -157,24 +146,16 @@ class _Comparison:
             )
             return {"variables": variables, "notes": notes}
 
-        told.begin_part("bad minimum", self._recipe.confusion_epochs, "epochs")
-        start = kept(self._path("start", seed, AFTER_THE_START), minimum)
-        yield None, start["notes"]
-        for cell in cells(self._recipe):
-            epochs = self._recipe.scratch_epochs if cell.method == SCRATCH else self._recipe.epochs
-            told.begin_part(str(cell), epochs, "epochs")
-            name = cell.method + ("" if cell.rho is None else f"_{cell.rho}")
-            path = self._path(name, seed, BESIDE_A_RUN)
-            make = functools.partial(self._curves, cell, seed, splits, start, told.end_part)
-            yield cell, kept(path, make)
+        told.begin_part("bad minimum", self._recipe.confusion_epochs, "epoch")
+        start = self._store.kept("start", seed, minimum, AFTER_THE_START)
 
-    def _path(self, name: str, seed: int, indifferent: tuple[str, ...]) -> Path:
-        decisive = dataclasses.asdict(self._recipe) | {
-            "checksum of the data": self._source.checksum,
-            **report.environment(),
-        }
-        decisive = {key: x for key, x in decisive.items() if key not in indifferent}
-        return self._folder / f"{name}_seed{seed}_{fingerprint(decisive)}.npz"
+        def train(cell: Cell) -> Tree:
+            epochs = self._recipe.scratch_epochs if cell.method == SCRATCH else self._recipe.epochs
+            told.begin_part(str(cell), epochs, "epoch")
+            make = functools.partial(self._curves, cell, seed, splits, start, told.end_part)
+            return self._store.kept(cell.file_name, seed, make, BESIDE_A_RUN)
+
+        return start["notes"], train
 
     def _curves(
         self, cell: Cell, seed: int, splits: Splits, start: Tree, on_epoch: training.OnEpoch

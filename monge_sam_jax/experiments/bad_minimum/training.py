@@ -17,7 +17,7 @@ from monge_sam_jax.experiments.common.confusion import confusion_set, reach_bad_
 from monge_sam_jax.experiments.common.data import Batch, Dataset, shuffled_rows
 from monge_sam_jax.experiments.common.errors import InputError
 from monge_sam_jax.experiments.common.models import MLP, ResNet
-from monge_sam_jax.experiments.common.task import Task, Variables
+from monge_sam_jax.experiments.common.task import Task, Variables, variables_of
 from monge_sam_jax.linen import SharpnessAwareTrainState, make_train_step
 from monge_sam_jax.metrics import Metric, euclidean, monge
 from monge_sam_jax.perturbation import worst_case_perturbation
@@ -29,7 +29,7 @@ PROBED = 4  # batches of an epoch on which the perturbation is looked at
 METRICS: dict[str, Metric | None] = {"sgd": None, "sam": euclidean(), "monge_sam": monge()}
 
 Curves: TypeAlias = dict[str, np.ndarray]
-OnEpoch: TypeAlias = Callable[[], None]
+OnEpoch: TypeAlias = Callable[[chex.Numeric], None]
 
 
 def make_model(recipe: Recipe) -> nn.Module:
@@ -172,12 +172,6 @@ class Trainer:
         }
 
 
-def variables_of(state: SharpnessAwareTrainState) -> Variables:
-    """Params, and running statistics if there are any."""
-    stats = state.batch_stats
-    return {"params": state.params} | ({} if stats is None else {"batch_stats": stats})
-
-
 def find_bad_minimum(
     trainer: Trainer, recipe: Recipe, splits: Splits, seed: int, on_epoch: OnEpoch
 ) -> tuple[Variables, dict[str, float]]:
@@ -194,8 +188,8 @@ def find_bad_minimum(
         state = trainer.begin(variables, learning_rate, momentum)
         for _ in range(epochs):
             rows = shuffled_rows(len(samples.y), recipe.batch_size, rng)
-            state, _ = trainer.epoch(state, samples, rows)
-            on_epoch()
+            state, losses = trainer.epoch(state, samples, rows)
+            on_epoch(losses[-1][-1])
         return variables_of(state)
 
     variables, notes = reach_bad_minimum(
@@ -255,7 +249,7 @@ def train(
       marks: numbers of epochs after which is evaluated, from 0 to the last.
       method: key of `METRICS`.
       rho: radius of the perturbation.
-      on_epoch: called after every epoch.
+      on_epoch: called after every epoch with the loss of its last batch.
 
     Returns:
       By name a value for every mark: the marks (epoch), accuracies on the three sets in percent,
@@ -274,7 +268,7 @@ def train(
         if epoch < marks[-1]:
             state, new = trainer.epoch(state, splits.train, batches, method, rho)
             losses += new
-            on_epoch()
+            on_epoch(new[-1][-1])
     curves = {name: np.array([point[name] for point in points]) for name in points[0]}
     return {"epoch": np.array(marks), **curves}
 

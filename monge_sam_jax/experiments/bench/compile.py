@@ -20,10 +20,10 @@ from monge_sam_jax.experiments.bench.measure import (
     Program,
     Start,
     compile_steps,
+    describe,
     interleave,
     ratios,
     summarise,
-    tree_bytes,
     without_compilation_cache,
 )
 from monge_sam_jax.experiments.bench.models import MODELS, Problem
@@ -89,9 +89,9 @@ def compile_all(options: Bench, target: str) -> None:
             model, batch_size, options, placement, clock, f"{label} ({turn + 1} of {len(turns)})"
         )
         results["programs"].append(entry | {"sharding": sharding if mesh.size > 1 else None})
+        report.write_json(options.output / "counts.json", results)  # after each: a run is long
         console.print(counts_table(results["programs"][-1], results["target"]), "")
-        report.write_json(options.output / "counts.json", results)
-    console.print(f"Wrote counts.json to {options.output}", soft_wrap=True)
+    report.publish(options.output, {"counts.json": results})
 
 
 def compile_model(
@@ -152,20 +152,14 @@ def compile_model(
         _load_compiler(placement, clock)
         times = interleave(names, compilations, turns, compile_once)
 
-    params_bytes = tree_bytes(begin.params)
-    return {
-        "model": model,
-        "batch_size": len(begin.batch.x),
-        "description": problem.description,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(begin.params)),
-        "leaves": len(jax.tree.leaves(begin.params)),
-        "params_bytes": params_bytes,
+    described = describe(model, problem, begin)
+    return described | {
         "methods": {
             name: {
                 "what": inspect.getdoc(METHODS[name]).splitlines()[0],  # type: ignore[union-attr]
                 **program.counts._asdict(),
                 "temporary_bytes": program.temporary_bytes,
-                "temporaries": program.temporary_bytes / params_bytes,
+                "temporaries": program.temporary_bytes / described["params_bytes"],
                 "compile_seconds": summarise(times[name]),
                 "compile_ratio_to_plain": ratios(times, name, "plain"),
             }

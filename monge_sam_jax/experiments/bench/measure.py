@@ -70,6 +70,18 @@ def start(problem: Problem, seed: int) -> Start:
     return Start(*jax.jit(problem.init)(key))
 
 
+def describe(model: str, problem: Problem, begin: Start) -> dict[str, Any]:
+    """What is trained, for results.json."""
+    return {
+        "model": model,
+        "batch_size": len(begin.batch.x),
+        "description": problem.description,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(begin.params)),
+        "leaves": len(jax.tree.leaves(begin.params)),
+        "params_bytes": tree_bytes(begin.params),
+    }
+
+
 def compile_method(
     problem: Problem, name: str, begin: Start, clock: Clock, **options: Any
 ) -> Program:

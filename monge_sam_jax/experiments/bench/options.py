@@ -7,9 +7,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 from monge_sam_jax.experiments.common.errors import InputError
 from monge_sam_jax.experiments.common.options import (
     PRESET,
+    InFolderOfPreset,
+    check_counts,
+    check_list,
     check_seed,
-    flag,
-    of_preset,
     presets_in_help,
 )
 
@@ -114,7 +115,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @presets_in_help(SIZES)
 @dataclasses.dataclass(frozen=True)
-class Bench:
+class Bench(InFolderOfPreset):
     """Measure what a training step costs with each method, on this machine.
 
     For every model and batch size two tables. Times: that of a descent step, as a ratio to that of
@@ -182,10 +183,6 @@ class Bench:
     output: Path = Path("runs/bench", PRESET)
     overwrite: bool = False
 
-    def __post_init__(self) -> None:
-        """Resolves the default folder."""
-        object.__setattr__(self, "output", of_preset(self.output, self.resolved_preset))
-
     @property
     def resolved_preset(self) -> Preset:
         """The preset that "auto" is."""
@@ -196,16 +193,9 @@ class Bench:
     def check(self) -> None:
         """Raises an InputError where an option cannot be used."""
         for name in ("models", "methods", "batch_size", "sharding"):
-            values = getattr(self, name)
-            option, noun = flag(name), "number" if name == "batch_size" else "name"
-            if values is not None and not values:
-                raise InputError(f"{option} needs at least one {noun}")
-            if values and len(set(values)) < len(values):
-                raise InputError(f"{option} has a {noun} twice: {' '.join(map(str, values))}")
-        for name in ("rounds", "compilations"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise InputError(f"--{name} must be at least 1, got {count}")
+            noun = "number" if name == "batch_size" else "name"
+            check_list(name, getattr(self, name), noun)
+        check_counts({"rounds": self.rounds, "compilations": self.compilations})
         for size in self.batch_size or ():
             if size < 1 or size % MICROBATCHES:
                 raise InputError(

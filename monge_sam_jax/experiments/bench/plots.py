@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from monge_sam_jax.experiments.common.plots import (
     COLOURS,
@@ -14,6 +15,8 @@ from monge_sam_jax.experiments.common.plots import (
     LABELS,
     SMALL,
     blank_figure,
+    finish,
+    legend_below,
 )
 
 BY_HAND = (
@@ -62,22 +65,16 @@ def benchmark_figure(results: Mapping[str, Any]) -> Figure:
         for axes, entry in zip(panels[:, column], entries, strict=True):
             _draw(axes, entry["methods"])
             title = f"{model}, batch {entry['batch_size']}" if rows > 1 else model
-            axes.set_title(title, fontsize=FONT_SIZE)
-            axes.tick_params(labelsize=SMALL)
-            axes.spines[["top", "right"]].set_visible(False)
-        panels[-1, column].set_xlabel("step time / plain", fontsize=FONT_SIZE)
+            axes.set_title(title, fontsize=SMALL)
+            finish(axes, "/ plain" if entry is entries[-1] else "")
+            axes.xaxis.set_major_locator(MaxNLocator(2))
         panels[-1, column].set_xlim(left=0)  # of all: it ends the scaling to what is drawn
     panels[0, 0].set_yticks(range(len(names)), names)
     panels[0, 0].invert_yaxis()
     for axes in panels[:, 0]:
         axes.set_ylabel("kind of step", fontsize=FONT_SIZE)
-    figure.legend(
-        handles=_entries(names),
-        loc="outside lower center",
-        ncols=5,
-        fontsize=SMALL,
-        frameon=False,
-    )
+    figure.suptitle("time of a step", fontsize=FONT_SIZE)
+    legend_below(figure, _entries(names))
     return figure
 
 

@@ -31,8 +31,8 @@ def times_table(results: Mapping[str, Any], clock: str) -> Table:
         table.add_row(
             name,
             time,
-            _with_spread(entry["ratio_to_plain"]),
-            _with_spread(entry["ratio_to_two_gradients"]),
+            _with_spread(entry["ratio_to_plain"], is_known=name == "plain"),
+            _with_spread(entry["ratio_to_two_gradients"], is_known=name == "two_gradients"),
             _with_spread(entry["ratio_to_by_hand"]),
         )
     return table
@@ -90,7 +90,11 @@ def _alike(column: Iterable[float]) -> list[str]:
     return [f"{value:.{places}f}" for value in values]
 
 
-def _with_spread(summary: Mapping[str, float] | None) -> str:
-    if summary is None:
-        return "-"
-    return f"{summary['median']:.3f} ±{(summary['upper'] - summary['lower']) / 2:.3f}"
+def _with_spread(summary: Mapping[str, float] | None, *, is_known: bool = False) -> str:
+    """A ratio with half the interquartile range, unless that is zero, as of a single round."""
+    if summary is None or is_known:
+        return "1" if is_known else "-"
+    spread = (summary["upper"] - summary["lower"]) / 2
+    if spread == 0:
+        return f"{summary['median']:.3f}"
+    return f"{summary['median']:.3f} ±{spread:{'.3f' if round(spread, 3) else '.0e'}}"

@@ -19,13 +19,13 @@ from monge_sam_jax.experiments.bench.measure import (
     Program,
     compile_method,
     cycles_for,
+    describe,
     interleave,
     measure,
     peak_bytes,
     ratios,
     start,
     summarise,
-    tree_bytes,
     without_compilation_cache,
 )
 from monge_sam_jax.experiments.bench.models import MODELS
@@ -80,11 +80,11 @@ def measure_all(options: Bench) -> None:
         label = f"{model}{f', batch {size}' if size else ''} ({turn + 1} of {len(turns)})"
         entry = run_model(model, size, options, clock, label)
         results["measurements"].append(entry)
+        report.write_json(options.output / report.RESULTS, results)  # after each: a run is long
         console.print(times_table(entry, clock))
         console.print(programs_table(entry))
-        report.write_json(options.output / "results.json", results)  # after each: a run is long
-    benchmark_figure(results).savefig(options.output / "benchmark.png")
-    console.print(f"Wrote results.json and benchmark.png to {options.output}", soft_wrap=True)
+    figure = benchmark_figure(results)
+    report.publish(options.output, {report.RESULTS: results, "benchmark.png": figure})
 
 
 def choose_clock(options: Bench) -> str:
@@ -167,7 +167,7 @@ def run_model(
             told.end()
         times = interleave(names, options.rounds, turns, measure_once)
 
-    params_bytes = tree_bytes(begin.params)
+    described = describe(model, problem, begin)
 
     def entry(name: str, program: Program) -> dict[str, Any]:
         by_hand = BY_HAND.get(name)
@@ -184,21 +184,13 @@ def run_model(
             "kernels": program.counts.kernels,
             "instructions": program.counts.instructions,
             "temporary_bytes": program.temporary_bytes,
-            "temporaries": program.temporary_bytes / params_bytes,
+            "temporaries": program.temporary_bytes / described["params_bytes"],
             "state_bytes": program.state_bytes,
-            "state": program.state_bytes / params_bytes,
+            "state": program.state_bytes / described["params_bytes"],
             "peak_bytes": peaks[name],
             "descents_per_measurement": cycles[name] * program.method.descents,
             "loss": last[name].loss,
             "rounds": {"seconds": times[name], "compile_seconds": compile_times[name]},
         }
 
-    return {
-        "model": model,
-        "batch_size": len(begin.batch.x),
-        "description": problem.description,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(begin.params)),
-        "leaves": len(jax.tree.leaves(begin.params)),
-        "params_bytes": params_bytes,
-        "methods": {name: entry(name, programs[name]) for name in names},
-    }
+    return described | {"methods": {name: entry(name, programs[name]) for name in names}}

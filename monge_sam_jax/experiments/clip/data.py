@@ -20,7 +20,7 @@ from monge_sam_jax.experiments.clip.scenes import (
     Split,
     generate,
 )
-from monge_sam_jax.experiments.common.data import UNREADABLE
+from monge_sam_jax.experiments.common.data import UNREADABLE, load_arrays
 from monge_sam_jax.experiments.common.errors import InputError
 
 WORDS = 16  # of a caption that are read
@@ -28,6 +28,7 @@ MOST_WORDS = 5000  # of the vocabulary
 VOCABULARY_STEP = 64  # its size is a multiple
 PADDING, UNKNOWN = 0, 1
 SPLITS = ("train", "val", "test")
+EXPECTED = "an .npz file with image (n, height, width[, 3]) and caption (n,), if wanted label (n,)"
 
 
 class Pairs(NamedTuple):
@@ -172,12 +173,13 @@ def _from_jsonl(path: Path, side: int) -> Iterator[tuple[np.ndarray, str, Any]]:
 
 
 def _from_npz(path: Path, side: int) -> Iterator[tuple[np.ndarray, str, Any]]:
-    image, caption, labels = load_arrays(path, ("image", "caption"), ("label",))
+    arrays = load_arrays(path, EXPECTED, ("image", "caption"), ("label",))
+    image, caption = arrays["image"], arrays["caption"]
     if image.dtype.kind == "f" and image.size and image.min() >= 0 and image.max() <= 1:
         image = np.round(255 * image).astype(np.uint8)
     if image.dtype != np.uint8:
         raise InputError(
-            "expected image in uint8, or in floats from 0 to 1, found "
+            f"expected image in uint8, or in floats from 0 to 1, found {image.shape} in "
             f"{image.dtype}{f' from {image.min()} to {image.max()}' if image.size else ''}"
         )
     if image.ndim != 3 and not (image.ndim == 4 and image.shape[3] == 3):
@@ -188,34 +190,12 @@ def _from_npz(path: Path, side: int) -> Iterator[tuple[np.ndarray, str, Any]]:
         raise InputError(
             f"expected caption ({len(image)},) of texts, found {caption.shape} of {caption.dtype}"
         )
-    labels = [None] * len(image) if labels is None else check_labels(labels, len(image))
+    labels = check_labels(arrays["label"], len(image)) if "label" in arrays else [None] * len(image)
     for pixels, text, label in zip(image, caption, labels, strict=True):
         yield _fit(Image.fromarray(pixels), side), str(text), label
 
 
 _READERS = {"jsonl": _from_jsonl, "npz": _from_npz}
-
-
-def load_arrays(
-    path: Path, needed: Sequence[str], optional: Sequence[str]
-) -> list[np.ndarray | Any]:
-    """Arrays of an .npz file; None for optional ones that it has not.
-
-    Raises:
-      InputError: it cannot be read, or lacks an array that is needed.
-    """
-    try:
-        # NumPy leaves a file open if it is no archive although it begins like one.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive}
-    except (*UNREADABLE, AttributeError, TypeError) as error:
-        raise InputError(f"cannot be read as an .npz file of plain arrays: {error}") from error
-    for name in needed:
-        if name not in arrays:
-            raise InputError(
-                f"expected arrays {' and '.join(needed)}, found {', '.join(arrays) or 'none'}"
-            )
-    return [arrays.get(name) for name in (*needed, *optional)]
 
 
 def check_labels(labels: np.ndarray, count: int) -> np.ndarray:

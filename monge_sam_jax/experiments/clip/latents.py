@@ -6,22 +6,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from monge_sam_jax.alignment import clip_loss, mutual_knn_alignment
-from monge_sam_jax.experiments.clip.data import check_labels, load_arrays
+from monge_sam_jax.experiments.clip.data import check_labels
 from monge_sam_jax.experiments.clip.options import Clip
 from monge_sam_jax.experiments.clip.plots import Panel, figure_7
 from monge_sam_jax.experiments.common import report
+from monge_sam_jax.experiments.common.data import load_arrays
 from monge_sam_jax.experiments.common.errors import InputError
 
 PERPLEXITY = 30.0
 BATCH_SIZE = 128
 LOGIT_SCALE = 100.0
 MOST_DRAWN = 2000
+EXPECTED = (
+    "an .npz file with image (n, d) and text (n, d), if wanted label (n,) and logit_scale, a number"
+)
 
 
 class Joint(NamedTuple):
@@ -109,16 +112,14 @@ def evaluate_file(path: Path, options: Clip) -> None:
             "figure7": {"correlation": drawn.correlation, "explained": drawn.explained},
         }
     )
-    report.write_json(output / "results.json", results)
-    figure_7([drawn]).savefig(output / "figure7.png")
-    console = Console()
-    for name in ("pairs", "alignment", "alignment_chance", "loss", "loss_chance"):
-        console.print(f"{name.replace('_', ', ')}: {results[name]:.4g}")
-    console.print(
+    names = ("pairs", "alignment", "alignment_chance", "loss", "loss_chance")
+    report.publish(
+        output,
+        {report.RESULTS: results, "figure7.png": figure_7([drawn])},
+        *(f"{name.replace('_', ', ')}: {results[name]:.4g}" for name in names),
         f"first principal component: correlation {drawn.correlation:.3f} with the modality, "
-        f"{drawn.explained:.0%} of the variance"
+        f"{drawn.explained:.0%} of the variance",
     )
-    console.print(f"Wrote results.json and figure7.png to {output}", soft_wrap=True)
 
 
 def measure(image: np.ndarray, text: np.ndarray, k: int, logit_scale: float) -> dict[str, Any]:
@@ -137,14 +138,16 @@ def measure(image: np.ndarray, text: np.ndarray, k: int, logit_scale: float) -> 
 
 
 def _read(path: Path, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, float]:
-    image, text, labels, scale = load_arrays(path, ("image", "text"), ("label", "logit_scale"))
+    arrays = load_arrays(path, EXPECTED, ("image", "text"), ("label", "logit_scale"))
+    image, text, labels = arrays["image"], arrays["text"], arrays.get("label")
+    scale = arrays.get("logit_scale", np.array(LOGIT_SCALE))
     for name, array in (("image", image), ("text", text)):
         if array.ndim != 2 or array.dtype.kind not in "iuf":
             raise InputError(
                 f"expected {name} (n, d) of numbers, found {array.shape} of {array.dtype}"
             )
         if not np.all(np.isfinite(array)):
-            raise InputError(f"{name} holds NaN or infinity")
+            raise InputError(f"{name} {array.shape} holds NaN or infinity")
     if image.shape != text.shape:
         raise InputError(
             f"expected image and text of one shape, found {image.shape} and {text.shape}"
@@ -154,9 +157,9 @@ def _read(path: Path, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None
             f"expected more than {max(k, 2)} pairs in at least two dimensions, "
             f"found shape {image.shape}"
         )
-    if scale is None:
-        scale = np.array(LOGIT_SCALE)
     if scale.shape != () or scale.dtype.kind not in "iuf" or not np.isfinite(scale):
-        raise InputError(f"expected logit_scale to be a finite number, found {scale}")
+        raise InputError(
+            f"expected logit_scale to be a finite number (), found {scale.shape}: {scale}"
+        )
     image, text = (array.astype(np.float32) for array in (image, text))
     return image, text, None if labels is None else check_labels(labels, len(image)), float(scale)

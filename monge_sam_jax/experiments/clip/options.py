@@ -7,10 +7,11 @@ from typing import Literal, NamedTuple
 from monge_sam_jax.experiments.common.errors import InputError
 from monge_sam_jax.experiments.common.options import (
     PRESET,
+    InFolderOfPreset,
+    check_counts,
+    check_list,
     check_numbers,
     check_seed,
-    flag,
-    of_preset,
     presets_in_help,
 )
 
@@ -57,7 +58,7 @@ PRESETS = {
 
 @presets_in_help(PRESETS)
 @dataclasses.dataclass(frozen=True)
-class Clip:
+class Clip(InFolderOfPreset):
     """Fine-tune a small CLIP with SGD, Adam, SAM and M-SAM: tables 1 to 3 and figure 7.
 
     Two towers are pre-trained on generated pairs of images and captions, fine-tuned on noisier ones
@@ -107,10 +108,6 @@ class Clip:
     output: Path = Path("runs/clip", PRESET)
     overwrite: bool = False
 
-    def __post_init__(self) -> None:
-        """Resolves the default folder."""
-        object.__setattr__(self, "output", of_preset(self.output, self.preset))
-
     @property
     def size(self) -> Preset:
         """The preset with what was given instead."""
@@ -120,15 +117,12 @@ class Clip:
 
     def check(self) -> None:
         """Raises an InputError where an option cannot be used."""
-        for name in ("seeds", "steps", "k"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise InputError(f"{flag(name)} must be at least 1, got {value}")
+        check_counts({name: getattr(self, name) for name in ("seeds", "steps", "k")})
         check_seed(self.seed)
         for name in ("sgd_rates", "adam_rates", "rho"):
             values = getattr(self, name)
             check_numbers({name: values}, positive=name != "rho")
-            if len(set(values)) < len(values):
-                raise InputError(f"{flag(name)} has a number twice: {values}")
+            check_list(name, values, "number", may_be_empty=True)
         if self.image_size < PATCH or self.image_size % PATCH:
             raise InputError(f"--image-size must be a multiple of {PATCH}, got {self.image_size}")
         if self.data is not None and self.embeddings is not None:

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from monge_sam_jax.experiments.clip.training import LABELS
 from monge_sam_jax.experiments.common import report
+from monge_sam_jax.experiments.common.report import Difference
 
-LABELS = {"sgd": "SGD", "adam": "Adam", "sam": "SAM", "monge_sam": "M-SAM"}
 PAPER_ALIGNMENT = {"none": 0.351, "sgd": 0.387, "adam": 0.388, "sam": 0.405, "monge_sam": 0.446}
 DIVERGED = 0.95  # of the loss of chance, ln(batch size)
 IMPROVED = 1.05  # of the pre-trained model's alignment
@@ -124,21 +125,13 @@ def claims(cells: Sequence[Json], correlation: float) -> list[dict[str, str]]:
 
 def _compare(claim: str, low: Sequence[float], high: Sequence[float]) -> dict[str, str] | None:
     """Whether `high` is above `low`, by more than two standard errors; None if they are equal."""
-    if list(low) == list(high):
+    found = Difference.of(high, low)
+    if found.is_nothing:
         return None
-    differences = [{"d": h - l} for l, h in zip(low, high, strict=True)]  # noqa: E741
-    found = report.summarise(differences)["d"]
-    mean, error = found["mean"], found["standard_error"]
-    if error is None or mean is None:
-        verdict = "open: needs several seeds, all finite"
-    elif abs(mean) <= 2 * error:
-        verdict = "not resolved"
-    else:
-        verdict = "holds" if mean > 0 else "does not hold: the other way round"
     return {
         "claim": claim,
-        "evidence": f"difference {report.estimate(found, 3, '+')}",
-        "verdict": verdict,
+        "evidence": f"difference {found.text(3)}",
+        "verdict": found.verdict("holds", "does not hold: the other way round"),
     }
 
 
@@ -178,9 +171,10 @@ def markdown(results: Json) -> str:
     cells, chance = results["cells"], results["chance"]
     seeds = len(cells[0]["seeds"])
     base = LABELS[results["configuration"]["base"]]
+    means = "Means ± standard errors over " if seeds > 1 else ""
     lines = [
-        f"Means ± standard errors over {report.count(seeds, 'seed')}, on the test "
-        f"set; steps and cells are chosen on the validation set. SAM and M-SAM on {base}. The "
+        f"{means}{report.count(seeds, 'seed')}, on the test set; steps and cells are "
+        f"chosen on the validation set. SAM and M-SAM on {base}. The "
         f"alignment of unrelated embeddings is {chance['alignment']:.3f}, their loss "
         f"{chance['loss']:.3f}.",
         "",

@@ -3,15 +3,12 @@
 import dataclasses
 import functools
 import math
-import zlib
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import chex
 import jax
 import numpy as np
-from rich.console import Console
-from rich.markdown import Markdown
 
 from monge_sam_jax.experiments.clip import data as clip_data
 from monge_sam_jax.experiments.clip import report as clip_report
@@ -22,6 +19,7 @@ from monge_sam_jax.experiments.clip.plots import Panel, figure_7, mechanism_figu
 from monge_sam_jax.experiments.clip.training import (
     Cell,
     evaluate,
+    evaluation_steps,
     grid,
     moments,
     pretrain,
@@ -29,8 +27,9 @@ from monge_sam_jax.experiments.clip.training import (
     whole_batches,
 )
 from monge_sam_jax.experiments.common import report
-from monge_sam_jax.experiments.common.kept import fingerprint, kept
-from monge_sam_jax.experiments.common.progress import steps
+from monge_sam_jax.experiments.common.grid import train_grid
+from monge_sam_jax.experiments.common.kept import Store, checksum
+from monge_sam_jax.experiments.common.progress import Steps
 
 
 def run(options: Clip) -> None:
@@ -58,24 +57,20 @@ def train(options: Clip) -> None:
     Raises:
       InputError: the data or the output folder cannot be used.
     """
-    report.prepare_output(options.output, configuration(options), options.overwrite)
+    report.prepare_output(options.output, configuration(options), options.overwrite, may_grow=True)
     results, panels = study(options)
-    report.write_json(options.output / "results.json", results)
-    tables = clip_report.markdown(results)
-    (options.output / "tables.md").write_text(tables, encoding="utf-8")
-    figure_7(panels).savefig(options.output / "figure7.png")
-    mechanism_figure(results).savefig(options.output / "mechanism.png")
-    console = Console()
-    console.print(Markdown(tables))
-    for drawn in panels:
-        console.print(
-            f"{drawn.title}: first principal component has correlation {drawn.correlation:.3f} "
-            f"with the modality, and {drawn.explained:.0%} of the variance"
-        )
-    console.print(
-        f"Wrote results.json, tables.md, figure7.png and mechanism.png to {options.output}",
-        soft_wrap=True,
+    files = {
+        report.RESULTS: results,
+        "tables.md": clip_report.markdown(results),
+        "figure7.png": figure_7(panels),
+        "mechanism.png": mechanism_figure(results),
+    }
+    components = (
+        f"{drawn.title}: first principal component has correlation {drawn.correlation:.3f} "
+        f"with the modality, and {drawn.explained:.0%} of the variance"
+        for drawn in panels
     )
+    report.publish(options.output, files, *components)
 
 
 def configuration(options: Clip) -> dict[str, Any]:
@@ -125,53 +120,47 @@ def load(options: Clip, seed: int) -> Corpus:
 
 
 def _train_all(options: Clip, corpus: Corpus) -> list[dict[str, Any]]:
-    """The records of every cell from all seeds, behind a progress bar."""
-    size = options.size
-    cells = [{**cell._asdict(), "seeds": []} for cell in grid(options)]
-    with steps("", size.seeds * (1 + len(cells)), unit="runs") as told:
-        for seed in range(options.seed, options.seed + size.seeds):
-            told.begin(f"seed {seed}, pre-training")
-            if options.data is None and seed > options.seed:
-                corpus = load(options, seed)
-            params = _start(options, corpus, seed)
-            folder = _folder(options, corpus)
-            told.end(f"seed {seed}: pre-trained")
-            for entry, cell in zip(cells, grid(options), strict=True):
-                label = f"seed {seed}, {clip_report.LABELS[cell.method]}"
-                told.begin(label)
-                curves = kept(
-                    folder / f"{_name(cell)}_seed{seed}.npz",
-                    functools.partial(record, cell, params, corpus, options, seed),
-                )
-                lists = {name: curve.tolist() for name, curve in curves.items()}
-                entry["seeds"].append({"seed": seed, **lists})
-                radius = "" if cell.rho is None else f", rho {cell.rho:g}"
-                told.end(f"{label}, learning rate {cell.learning_rate:g}{radius}")
-    return cells
+    """The records of every cell from all seeds."""
+    seeds = range(options.seed, options.seed + options.size.seeds)
+    begin = functools.partial(_begin, options, corpus)
+    _, curves = train_grid(seeds, grid(options), begin, start="pre-trained")
+    return [
+        {
+            **cell._asdict(),
+            "seeds": [{"seed": seed, **run} for seed, run in zip(seeds, runs, strict=True)],
+        }
+        for cell, runs in curves.items()
+    ]
+
+
+def _begin(
+    options: Clip, corpus: Corpus, seed: int, told: Steps
+) -> tuple[None, Callable[[Cell], dict[str, list[float]]]]:
+    """What fine-tunes a cell from the pre-trained params of a seed."""
+    if options.data is None and seed > options.seed:
+        corpus = load(options, seed)
+    store, params = _store(options, corpus), _start(options, corpus, seed)
+
+    def train(cell: Cell) -> dict[str, list[float]]:
+        told.begin_part("", len(evaluation_steps(options)) - 1, "evaluation")
+        make = functools.partial(record, cell, params, corpus, options, seed, told.end_part)
+        name = "_".join(str(part) for part in cell if part is not None)
+        return {key: curve.tolist() for key, curve in store.kept(name, seed, make).items()}
+
+    return None, train
 
 
 def _start(options: Clip, corpus: Corpus, seed: int) -> chex.ArrayTree:
     """The pre-trained params."""
-    path = _folder(options, corpus) / f"start_seed{seed}.npz"
-    return kept(path, functools.partial(pretrain, corpus, options, seed))
+    make = functools.partial(pretrain, corpus, options, seed)
+    return _store(options, corpus).kept("start", seed, make)
 
 
-def _name(cell: Cell) -> str:
-    return "_".join(str(part) for part in cell if part is not None)
-
-
-def _folder(options: Clip, corpus: Corpus) -> Path:
-    """Of the finished runs, named after all that decides them beside cell and seed."""
+def _store(options: Clip, corpus: Corpus) -> Store:
+    """Of the finished runs, by all that decides them beside cell and seed."""
     size = options.size._replace(seeds=0, sgd_rates=(), adam_rates=(), rho=())
-    pairs = b"".join(np.asarray(array).tobytes() for array in jax.tree.leaves(corpus[:4]))
-    decisive = {
-        **size._asdict(),
-        "base": options.base,
-        "k": options.k,
-        "pairs": zlib.crc32(pairs),
-        "versions": report.environment()["versions"],
-    }
-    return options.output / "finished" / fingerprint(decisive)
+    decisive = {"base": options.base, "k": options.k, "checksum": checksum(corpus[:4])}
+    return Store(options.output, size._asdict() | decisive)
 
 
 def _panels(

@@ -55,27 +55,6 @@ class Split(NamedTuple):
     labels: np.ndarray | None
 
 
-class Distribution(NamedTuple):
-    """How scenes are shown and told.
-
-    Attributes:
-      templates: of captions, in terms of the objects a and b, the relation of a to b and its
-        inverse.
-      nouns: templates of objects, in terms of size, colour and shape.
-      synonyms: probability that another word takes the place of a name.
-      background: brightest background.
-      noise: standard deviation of what is added to each pixel.
-      wrong: share of pairs with the caption of another.
-    """
-
-    templates: tuple[str, ...]
-    nouns: tuple[str, ...]
-    synonyms: float
-    background: float
-    noise: float
-    wrong: float
-
-
 _PLAIN = ("{a} {relation} {b}", "there is {a} {relation} {b}")
 _OTHER = (
     "{b} is {inverse} {a}",
@@ -83,32 +62,32 @@ _OTHER = (
     "in this picture {a} sits {relation} {b}",
 )
 _NEW = ("we see {b} and {inverse} it {a}",)
-_NOUNS = ("a {size} {colour} {shape}", "some {shape} {colour} {size}")
 
-PRETRAINING = Distribution(
-    templates=_PLAIN + _OTHER,
-    nouns=_NOUNS,
-    synonyms=0.5,
-    background=0.5,
-    noise=0.1,
-    wrong=0.0,
-)
-FINE_TUNING = Distribution(
-    templates=_OTHER + _NEW,
-    nouns=_NOUNS,
-    synonyms=0.7,
-    background=0.5,
-    noise=0.15,
-    wrong=0.1,
-)
-EVALUATION = Distribution(
-    templates=_PLAIN + _NEW,
-    nouns=_NOUNS,
-    synonyms=0.5,
-    background=0.5,
-    noise=0.12,
-    wrong=0.0,
-)
+
+class Distribution(NamedTuple):
+    """How scenes are shown and told.
+
+    Attributes:
+      templates: of captions, in terms of the objects a and b, the relation of a to b and its
+        inverse.
+      noise: standard deviation of what is added to each pixel.
+      wrong: share of pairs with the caption of another.
+      synonyms: probability that another word takes the place of a name.
+      background: brightest background.
+      nouns: templates of objects, in terms of size, colour and shape.
+    """
+
+    templates: tuple[str, ...]
+    noise: float
+    wrong: float = 0.0
+    synonyms: float = 0.5
+    background: float = 0.5
+    nouns: tuple[str, ...] = ("a {size} {colour} {shape}", "some {shape} {colour} {size}")
+
+
+PRETRAINING = Distribution(_PLAIN + _OTHER, noise=0.1)
+FINE_TUNING = Distribution(_OTHER + _NEW, noise=0.15, wrong=0.1, synonyms=0.7)
+EVALUATION = Distribution(_PLAIN + _NEW, noise=0.12)
 
 
 def generate(distribution: Distribution, count: int, side: int, rng: np.random.Generator) -> Split:

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import chex
@@ -21,6 +21,7 @@ from monge_sam_jax.transforms import monge_sam, sam
 
 PRETRAINING_RATE = 2e-3
 SHARPNESS_AWARE = {"sam": sam, "monge_sam": monge_sam}
+LABELS = {"sgd": "SGD", "adam": "Adam", "sam": "SAM", "monge_sam": "M-SAM"}
 # Means over the steps since the last evaluation.
 LOGGED = ("train_loss", "perturbed_loss", "grad_norm", "perturbation_norm", "effective_radius")
 EVALUATED = ("val_loss", "val_alignment", "test_loss", "test_alignment")
@@ -38,6 +39,10 @@ class Cell(NamedTuple):
     method: str
     learning_rate: float
     rho: float | None = None
+
+    def __str__(self) -> str:
+        radius = "" if self.rho is None else f", rho {self.rho:g}"
+        return f"{LABELS[self.method]}, learning rate {self.learning_rate:g}{radius}"
 
     def optimizer(self, base: str) -> optax.GradientTransformationExtraArgs:
         """SGD or Adam, for SAM and M-SAM behind their transformation."""
@@ -218,9 +223,17 @@ def whole_batches(pairs: int, batch_size: int) -> int:
 
 
 def record(
-    cell: Cell, params: chex.ArrayTree, corpus: Corpus, options: Clip, seed: int
+    cell: Cell,
+    params: chex.ArrayTree,
+    corpus: Corpus,
+    options: Clip,
+    seed: int,
+    on_evaluation: Callable[[float], None],
 ) -> dict[str, np.ndarray]:
-    """What a run of fine-tuning came to: curves over its evaluations, from step 0 on."""
+    """What a run of fine-tuning came to: curves over its evaluations, from step 0 on.
+
+    `on_evaluation` is called with the training loss after every evaluation but the first.
+    """
     curves: dict[str, list[float]] = {name: [] for name in ("steps", *EVALUATED, *LOGGED)}
     for moment in moments(cell, params, corpus, options, seed):
         curves["steps"].append(moment.step)
@@ -235,4 +248,6 @@ def record(
             curves[f"{name}_alignment"].append(float(found.alignment))
         for name, value in moment.logged.items():
             curves[name].append(value)
+        if moment.logged:
+            on_evaluation(moment.logged["train_loss"])
     return {name: np.array(curve) for name, curve in curves.items()}

@@ -1,15 +1,20 @@
 """Results kept in files, so that they are computed once."""
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from monge_sam_jax.experiments.common import report
+from monge_sam_jax.experiments.common.options import FINISHED
 
 # Dictionaries of dictionaries, with arrays at the ends.
 Tree: TypeAlias = dict[str, Any]
@@ -47,3 +52,39 @@ def kept(path: Path, make: Callable[[], Tree]) -> Tree:
         np.savez(file, **flatten_dict(tree, sep="/"))
     os.replace(unfinished, path)
     return tree
+
+
+def checksum(arrays: Any) -> int:
+    """Of all numbers in a tree of arrays."""
+    return functools.reduce(
+        lambda crc, x: zlib.crc32(np.asarray(x).tobytes(), crc), jax.tree.leaves(arrays), 0
+    )
+
+
+class Store:
+    """The finished parts of a study in its output folder, by what decides them."""
+
+    def __init__(self, output: Path, decisive: Mapping[str, Any]) -> None:
+        """A store.
+
+        Args:
+          output: the folder of the study.
+          decisive: what decides its parts, beside their names and seeds and the environment.
+        """
+        self._folder = output / FINISHED
+        self._decisive = dict(decisive) | report.environment()
+
+    def kept(
+        self, name: str, seed: int, make: Callable[[], Tree], indifferent: Collection[str] = ()
+    ) -> Tree:
+        """The part, as `kept` gives it.
+
+        Args:
+          name: what it is.
+          seed: of which seed.
+          make: computes it.
+          indifferent: names in what is decisive that do not decide this part.
+        """
+        decisive = {key: x for key, x in self._decisive.items() if key not in indifferent}
+        path = self._folder / f"{name}_seed{seed}_{fingerprint(decisive)}.npz"
+        return kept(path, make)

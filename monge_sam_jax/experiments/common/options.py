@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from monge_sam_jax.experiments.common.errors import InputError
 
 LARGEST_SEED = 2**31 - 1
 PRESET = "PRESET"  # stands for the preset's name in the folder that is the default of --output
+FINISHED = "finished"  # the folder in that of --output for what need not be computed again
 
 Options = TypeVar("Options", bound=type)
 
@@ -46,13 +47,43 @@ def check_numbers(
         raise InputError(f"{flag(name)} must be finite and {kind}, got {value}")
 
 
-def of_preset(output: Path, preset: str) -> Path:
-    """The output folder, where it is the default one that of the preset.
+def check_counts(values: Mapping[str, int | None]) -> None:
+    """Raises an InputError where a number of things, if it is not None, is below one."""
+    for name, count in values.items():
+        if count is not None and count < 1:
+            raise InputError(f"{flag(name)} must be at least 1, got {count}")
 
-    >>> of_preset(Path("runs") / "clip" / PRESET, "smoke").name
+
+def check_list(
+    name: str, values: Sequence[Any] | None, noun: str = "name", *, may_be_empty: bool = False
+) -> None:
+    """Raises an InputError where a list, if it is not None, is empty or has something twice."""
+    if values is not None and not values and not may_be_empty:
+        raise InputError(f"{flag(name)} needs at least one {noun}")
+    if values and len(set(values)) < len(values):
+        raise InputError(f"{flag(name)} has a {noun} twice: {' '.join(map(str, values))}")
+
+
+class InFolderOfPreset:
+    """Options whose default folder is that of their preset.
+
+    >>> from monge_sam_jax.experiments.clip.options import Clip
+    >>> Clip(preset="smoke").output.name
     'smoke'
     """
-    return Path(*(preset if part == PRESET else part for part in output.parts))
+
+    output: Path
+    preset: Any
+
+    def __post_init__(self) -> None:
+        """Resolves the default folder."""
+        parts = (self.resolved_preset if x == PRESET else x for x in self.output.parts)
+        object.__setattr__(self, "output", Path(*parts))
+
+    @property
+    def resolved_preset(self) -> Any:
+        """The preset by which the folder is named."""
+        return self.preset
 
 
 def presets_in_help(

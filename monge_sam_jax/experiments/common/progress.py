@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import chex
 from rich.console import Console
 from rich.progress import (
     MofNCompleteColumn,
@@ -14,6 +15,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from monge_sam_jax.experiments.common import report
 
 
 class Steps:
@@ -29,7 +32,8 @@ class Steps:
         self._start = time.monotonic()
 
     def _add_bar(self, label: str, total: int, completed: int, unit: str) -> TaskID:
-        return self._bars.add_task(label, total=total, completed=completed, unit=unit, loss="")
+        units = f"{unit}s" if unit else ""
+        return self._bars.add_task(label, total=total, completed=completed, unit=units, loss="")
 
     def begin(self, what: str) -> None:
         """What is being done, for the bar."""
@@ -39,12 +43,15 @@ class Steps:
         """A step has parts of its own, for a second bar."""
         if self._part is None:
             self._part = self._add_bar(what, total, 0, unit)
-        self._bars.reset(self._part, total=total, description=what, unit=unit, loss="")
+        self._bars.reset(self._part, total=total, description=what, unit=f"{unit}s", loss="")
 
-    def end_part(self) -> None:
-        """One of the parts is done."""
-        if self._part is not None:
-            self._bars.advance(self._part)
+    def end_part(self, loss: chex.Numeric | None = None) -> None:
+        """One of the parts is done; the loss, for the bar, is read if there is one."""
+        if self._part is None or self._bars.disable:
+            return
+        self._bars.advance(self._part)
+        if loss is not None:
+            self._bars.update(self._part, loss=f"loss {float(loss):.4g}")
 
     def end(self, what: str | None = None, loss: float | None = None) -> None:
         """A step is done; what it came to, for a line, and the loss, for the bar."""
@@ -62,7 +69,7 @@ class Steps:
     def _left(self) -> str:
         """How much, and for how long if all steps take the same."""
         seconds = (time.monotonic() - self._start) / (self._done - self._first)
-        left = f"{self._total - self._done} of {self._total} {self._unit} left"
+        left = f"{self._total - self._done} of {report.count(self._total, self._unit)} left"
         return f"{left}, about {duration(seconds * (self._total - self._done))}"
 
 
@@ -87,7 +94,7 @@ def steps(
       label: what all of it is, at the beginning of every line.
       total: number of steps.
       completed: how many of them lie behind.
-      unit: what they are; without one, lines do not say how many are left.
+      unit: what one of them is; without that, lines do not say how many are left.
       silent: neither bars nor lines.
 
     Yields:

@@ -7,12 +7,14 @@ import platform
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import flax
 import jax
 import numpy as np
 import optax
+from rich.console import Console, RenderableType
+from rich.markdown import Markdown
 
 import monge_sam_jax
 from monge_sam_jax.experiments.common.errors import InputError
@@ -22,6 +24,7 @@ RESULTS = "results.json"
 PLACES = ("output", "overwrite")  # options that decide nothing but where results go
 
 FEWEST_SEEDS = 3  # that a verdict may rest on
+CERTAIN = 2.0  # standard errors beyond which a mean difference is not put down to chance
 
 
 def prepare_output(
@@ -31,6 +34,7 @@ def prepare_output(
     *,
     file: str = RESULTS,
     indifferent: Collection[str] = (),
+    may_grow: bool = False,
     name_of: Callable[[str], str] = flag,
 ) -> None:
     """Makes the folder before the work, which an error after it would waste.
@@ -41,6 +45,7 @@ def prepare_output(
       overwrite: whether results of another configuration may be overwritten.
       file: that holds the results.
       indifferent: entries of the configuration that may differ, beside `PLACES`.
+      may_grow: whether results of some of the seeds may be overwritten by those of all.
       name_of: what the user calls an entry.
 
     Raises:
@@ -52,17 +57,30 @@ def prepare_output(
         raise InputError(f"--output {folder}: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         raise InputError(f"--output {folder}: no permission to write")
-    if overwrite or not (folder / file).exists():
-        return
-    advice = "--overwrite writes over them, another --output keeps them"
+    if (folder / file).exists() and not overwrite:
+        refuse_others(folder, configuration, file, indifferent, may_grow, name_of)
+
+
+def refuse_others(
+    folder: Path,
+    configuration: Mapping[str, Any],
+    file: str,
+    indifferent: Collection[str] = (),
+    may_grow: bool = False,
+    name_of: Callable[[str], str] = flag,
+) -> None:
+    """Raises an InputError if a file of the folder is not of this configuration."""
+    advice = "--overwrite writes over it, another --output keeps it"
     try:
         earlier = json.loads((folder / file).read_text(encoding="utf-8"))["configuration"]
         names = sorted({*earlier, *configuration} - {*PLACES, *indifferent})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"--output {folder}: its {file} does not say of what options it has results; {advice}"
+            f"--output {folder}: its {file} does not say of what options it is; {advice}"
         ) from error
     present = jsonable(configuration)
+    if may_grow and _seeds(earlier) <= _seeds(present):
+        names = [name for name in names if name not in ("seed", "seeds")]
     differ = [
         f"{name_of(name)} (was {_typed(earlier.get(name))}, is {_typed(present.get(name))})"
         for name in names
@@ -70,9 +88,14 @@ def prepare_output(
     ]
     if differ:
         raise InputError(
-            f"--output {folder}: its {file} has results of other options, which differ in "
+            f"--output {folder}: its {file} is of other options, which differ in "
             f"{', '.join(differ)}; {advice}"
         )
+
+
+def _seeds(configuration: Mapping[str, Any]) -> set[int]:
+    first, count = (configuration.get(name) or 0 for name in ("seed", "seeds"))
+    return set(range(first, first + count))
 
 
 def _typed(value: Any) -> str:
@@ -120,6 +143,38 @@ def environment() -> dict[str, Any]:
     }
 
 
+def publish(
+    folder: Path,
+    files: Mapping[str, Any],
+    *shown: RenderableType,
+    others: Sequence[str] = (),
+) -> None:
+    """Writes what a command has come to, and then prints it.
+
+    Args:
+      folder: of the files.
+      files: by name their content: Markdown, which is printed, a Matplotlib figure, or what becomes
+        JSON.
+      *shown: what else is printed.
+      others: files that have been written already.
+    """
+    for name, content in files.items():
+        if isinstance(content, str):
+            (folder / name).write_text(content, encoding="utf-8")
+        elif isinstance(content, Mapping):
+            write_json(folder / name, content)
+        else:
+            content.savefig(folder / name)
+    console = Console()
+    texts = (content for content in files.values() if isinstance(content, str))
+    # So that a narrow cell breaks before an error, not within.
+    for part in (*(Markdown(text.replace("± ", "±")) for text in texts), *shown):
+        console.print(part)
+    *most, last = (*files, *others)
+    written = f"{', '.join(most)} and {last}" if most else last
+    console.print(f"Wrote {written} to {folder}", soft_wrap=True)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a file of strict JSON."""
     text = json.dumps(jsonable(content), indent=1, allow_nan=False)
@@ -140,15 +195,68 @@ def jsonable(tree: Any) -> Any:
 def estimate(summary: Mapping[str, float | None], digits: int = 1, sign: str = "") -> str:
     """A mean with its standard error, if there is one.
 
+    There are so many decimals, and up to three more where the error would be zero without them.
+
     >>> estimate({"mean": 97.64, "standard_error": 0.125})
     '97.6 ± 0.1'
+    >>> estimate({"mean": 97.64, "standard_error": 0.004})
+    '97.640 ± 0.004'
+    >>> estimate({"mean": 100.0, "standard_error": 0.0})
+    '100.0 ± 0'
     >>> estimate({"mean": float("nan"), "standard_error": None})
     'diverged'
     """
     mean, error = summary["mean"], summary["standard_error"]
     if mean is None or not math.isfinite(mean):
         return "diverged"
-    return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    if error and not round(error, digits):
+        digits = min(decimals(error, 1), digits + 3)
+    return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error_text(error, digits)}")
+
+
+def error_text(error: float, digits: int) -> str:
+    """An error with so many decimals, unless they would make a zero of it."""
+    return f"{error:.{digits}f}" if round(error, digits) else f"{error:.0e}" if error else "0"
+
+
+class Difference(NamedTuple):
+    """Of two runs, a mean over seeds with its standard error, NaN if there is none."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, high: Sequence[float] | np.ndarray, low: Sequence[float] | np.ndarray) -> Self:
+        """Of two lists of values; those of a seed are paired."""
+        values = [{"d": float(h) - float(l)} for h, l in zip(high, low, strict=True)]  # noqa: E741
+        found = summarise(values)["d"]
+        mean, error = found["mean"], found["standard_error"]
+        assert mean is not None
+        return cls(mean, math.nan if error is None else error)
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether it is of runs that are the same."""
+        return self.mean == 0 and not self.error > 0
+
+    def text(self, digits: int = 1) -> str:
+        """It with its error, if there is one.
+
+        >>> Difference(0.01234, 0.0004).text(), Difference(0.0, 0.0).text()
+        ('+0.0123 ± 0.0004', 'none')
+        """
+        if self.is_nothing:
+            return "none"
+        error = self.error if self.error > 0 else None
+        return estimate({"mean": self.mean, "standard_error": error}, digits, "+")
+
+    def verdict(self, yes: str = "yes", no: str = "no") -> str:
+        """Whether it is above zero, which needs seeds that differ to tell."""
+        if abs(self.mean) <= CERTAIN * self.error:
+            return "not resolved"
+        if not 0 < self.error < math.inf:
+            return "cannot be told"
+        return yes if self.mean > 0 else no
 
 
 def count(number: int, noun: str) -> str:

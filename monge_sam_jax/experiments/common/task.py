@@ -12,10 +12,17 @@ from flax import linen as nn
 from monge_sam_jax import euclidean, worst_case_perturbation
 from monge_sam_jax.experiments.common.data import Batch, Dataset
 from monge_sam_jax.experiments.common.placement import Placement, make_placement
+from monge_sam_jax.linen import SharpnessAwareTrainState
 
 LARGEST_CHUNK = 2048  # samples that an evaluation holds at once on a device
 
 Variables: TypeAlias = Mapping[str, chex.ArrayTree]
+
+
+def variables_of(state: SharpnessAwareTrainState) -> Variables:
+    """The params of a state, and the running statistics if it has any."""
+    stats = state.batch_stats
+    return {"params": state.params} | ({} if stats is None else {"batch_stats": stats})
 
 
 class Task:

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
@@ -13,7 +12,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Ellipse, Patch, Rectangle
 from scipy.ndimage import gaussian_filter  # type: ignore[import-untyped]
 
-from monge_sam_jax.experiments.common.plots import COLOURS, FONT_SIZE, GREY, SMALL, blank_figure
+from monge_sam_jax.experiments.common.plots import (
+    COLOURS,
+    FONT_SIZE,
+    GREY,
+    SMALL,
+    blank_figure,
+    legend_below,
+)
 from monge_sam_jax.experiments.common.plots import LABELS as METHOD_LABELS
 
 LABELS = {"sgd": "GD", **METHOD_LABELS}
@@ -59,18 +65,6 @@ def banana_contours(axes: Axes) -> None:
     axes.plot([-1, 1], [-1, 1], **MINIMUM, zorder=6, label="flattest minima")
     axes.plot([], [], color=GREY, linewidth=1.0, label=r"minima, $\theta_1 \theta_2 = 1$")
     axes.plot([], [], color=LEVELS, linewidth=0.6, label="level lines of the loss")
-
-
-def _legend_below(figure: Figure, *entries: Artist, ncols: int = 5) -> None:
-    figure.legend(
-        handles=entries,
-        loc="outside lower center",
-        ncols=ncols,
-        fontsize=SMALL,
-        frameon=False,
-        columnspacing=1.5,
-        handlelength=1.8,
-    )
 
 
 def balls_figure(
@@ -142,18 +136,21 @@ def balls_figure(
             zorder=4 if name == "sam" else 5,
         )
     left.set_title("trajectories", fontsize=FONT_SIZE)
-    right.set_title(r"the balls at the start, with $\delta^*$ as arrows", fontsize=FONT_SIZE)
+    right.set_title("balls at the start,\n" r"$\delta^*$ as arrows", fontsize=FONT_SIZE)
     steps = len(next(iter(paths.values()))) - 1
     neutral: dict[str, Any] = {"color": GREY, "linestyle": "none", "markersize": 4}
-    _legend_below(
+    legend_below(
         figure,
-        *left.get_legend_handles_labels()[0],
-        Line2D([], [], **neutral, marker="o", label=f"after {steps} steps"),
-        Line2D([], [], color=GREY, linewidth=0.8, linestyle=":", label=r"to $\theta + \delta^*$"),
-        Line2D([], [], **neutral, marker=r"$\rightarrow$", label="against the gradient there"),
-        circle,
-        ellipse,
-        ncols=4,
+        [
+            *left.get_legend_handles_labels()[0],
+            Line2D([], [], **neutral, marker="o", label=f"after {steps} steps"),
+            Line2D(
+                [], [], color=GREY, linewidth=0.8, linestyle=":", label=r"to $\theta + \delta^*$"
+            ),
+            Line2D([], [], **neutral, marker=r"$\rightarrow$", label="against the gradient there"),
+            circle,
+            ellipse,
+        ],
     )
     return figure
 
@@ -174,7 +171,7 @@ def density_figure(
       Histograms smoothed with a Gaussian of standard deviation 0.1, on a scale of square roots that
       is every panel's own; a cross at the maximum, the circle of minima dashed.
     """
-    figure = blank_figure(4.4)
+    figure = blank_figure(3.6)
     grid = figure.subplots(len(panels), len(panels[0]), sharex=True, sharey=True, squeeze=False)
     edge, cell = 2.8, 0.05
     bins = np.arange(-edge, edge + cell / 2, cell)
@@ -191,11 +188,13 @@ def density_figure(
             axes.set_title(f"{title}\n{note}", fontsize=FONT_SIZE)
             axes.label_outer()
         axes_row[0].set_ylabel(f"{label}\n$\\theta_2$", fontsize=FONT_SIZE)
-    _legend_below(
+    legend_below(
         figure,
-        Line2D([], [], **SADDLE, label="maximum"),
-        Line2D([], [], color=GREY, linestyle="--", label="circle of minima"),
-        Patch(color=GREY, label="density of end points; dark: many (each panel's own scale)"),
+        [
+            Line2D([], [], **SADDLE, label="maximum"),
+            Line2D([], [], color=GREY, linestyle="--", label="circle of minima"),
+            Patch(color=GREY, label="density of end points; dark: many (each panel's own scale)"),
+        ],
     )
     return figure
 
@@ -236,10 +235,12 @@ def cycles_figure(
             axes.tick_params(labelsize=SMALL)
     grid[0, 0].set_ylabel(r"loss $\theta^2$", fontsize=FONT_SIZE)
     grid[1, 0].set_ylabel(r"distance $|\theta|$", fontsize=FONT_SIZE)
-    _legend_below(
+    legend_below(
         figure,
-        *grid[0, 0].get_legend_handles_labels()[0],
-        Line2D([], [], color=GREY, linestyle="--", linewidth=0.8, label="limit cycle"),
+        [
+            *grid[0, 0].get_legend_handles_labels()[0],
+            Line2D([], [], color=GREY, linestyle="--", linewidth=0.8, label="limit cycle"),
+        ],
     )
     return figure
 
@@ -257,7 +258,7 @@ def stability_figure(
     Returns:
       A row for each method. Red is positive, hence attracting; colours end at -4 and 4.
     """
-    figure = blank_figure(3.75)
+    figure = blank_figure(2.9)
     columns = len(next(iter(maps.values())))
     grid = figure.subplots(len(maps), columns, sharex=True, sharey=True, squeeze=False)
     t = np.linspace(1 / edge, edge, 200)
@@ -275,20 +276,22 @@ def stability_figure(
                 axes.add_patch(square)
             plane(axes, (-edge, -edge), (edge, edge))
             if axes in grid[0]:
-                is_flow = " (gradient flow)" if rho == 0 else ""
-                axes.set_title(rf"$\rho = {rho:g}${is_flow}", fontsize=FONT_SIZE)
+                flow = "gradient\nflow, " if rho == 0 else ""
+                axes.set_title(rf"{flow}$\rho = {rho:g}$", fontsize=FONT_SIZE)
             axes.label_outer()
         axes_row[0].set_ylabel(f"{LABELS[name]}\n$\\theta_2$", fontsize=FONT_SIZE)
     bar = figure.colorbar(image, ax=grid, extend="both", shrink=0.8, pad=0.01, aspect=25)
     bar.ax.tick_params(labelsize=SMALL)
     bar.set_label(r"smaller eigenvalue $\lambda_2$ of $A_\rho$", fontsize=FONT_SIZE)
-    _legend_below(
+    legend_below(
         figure,
-        Patch(color="#B2182B", label=r"$\lambda_2 > 0$: attracts"),
-        Patch(color="#2166AC", label=r"$\lambda_2 < 0$"),
-        Line2D([], [], color="black", linewidth=0.6, label=r"minima, $\theta_1 \theta_2 = 1$"),
-        Rectangle((0, 0), 1, 1, fill=False, label="at the saddle"),
-        Rectangle((0, 0), 1, 1, fill=False, linestyle=":", label="at the flattest minima"),
+        [
+            Patch(color="#B2182B", label=r"$\lambda_2 > 0$: attracts"),
+            Patch(color="#2166AC", label=r"$\lambda_2 < 0$"),
+            Line2D([], [], color="black", linewidth=0.6, label=r"minima, $\theta_1 \theta_2 = 1$"),
+            Rectangle((0, 0), 1, 1, fill=False, label="at the saddle"),
+            Rectangle((0, 0), 1, 1, fill=False, linestyle=":", label="at the flattest minima"),
+        ],
     )
     return figure
 
@@ -304,7 +307,7 @@ def marginals_figure(paths: Mapping[str, np.ndarray], notes: Mapping[str, str]) 
       A panel for each method, with histograms of the end points above and beside it, up to half
       of the points.
     """
-    figure = blank_figure(7.5)
+    figure = blank_figure(5.9)
     edge = 3.2
     bins = np.arange(-3.3, 3.4, 0.2)
     for (name, path), axes in zip(paths.items(), figure.subplots(2, 2).flat, strict=False):
@@ -335,12 +338,13 @@ def marginals_figure(paths: Mapping[str, np.ndarray], notes: Mapping[str, str]) 
         top.set_title(f"{LABELS[name]}\n{notes[name]}", fontsize=FONT_SIZE)
     neutral: dict[str, Any] = {"color": GREY, "linestyle": "none", "marker": "o"}
     steps = len(next(iter(paths.values()))) - 1
-    _legend_below(
+    legend_below(
         figure,
-        *axes.get_legend_handles_labels()[0],
-        Line2D([], [], **neutral, markersize=1.5, label="starts"),
-        Line2D([], [], **START | {"marker": "o"}, label=f"in colour: after {steps} steps"),
-        Patch(color="black", label="and their marginal distributions"),
-        ncols=4,
+        [
+            *axes.get_legend_handles_labels()[0],
+            Line2D([], [], **neutral, markersize=1.5, label="starts"),
+            Line2D([], [], **START | {"marker": "o"}, label=f"in colour: after {steps} steps"),
+            Patch(color="black", label="and their marginal distributions"),
+        ],
     )
     return figure

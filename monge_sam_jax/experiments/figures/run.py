@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 
 import jax
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from monge_sam_jax.experiments.common import report
@@ -34,20 +33,18 @@ def run(options: Figures) -> None:
         file="figures.json",
         name_of=lambda name: f"the {name} of the figures",
     )
-    console = Console()
-    figures = {}
-    with steps("", len(options.numbers), unit="figures") as told:
+    figures, tables = {}, []
+    with steps("", len(options.numbers), unit="figure") as told:
         for number in options.numbers:
             told.begin(f"figure {number}")
             result = draw(number)
             result.figure.savefig(options.output / f"figure_{number}.png")
             figures[str(number)] = {"setting": result.setting, "rows": result.rows}
-            console.print(_table(f"Figure {number}: {result.setting}", result.rows))
+            tables.append(_table(f"Figure {number}: {result.setting}", result.rows))
             told.end(f"figure {number} is drawn")
     content = {"configuration": configuration, **report.environment(), "figures": figures}
-    report.write_json(options.output / "figures.json", content)
-    pictures = ", ".join(f"figure_{number}.png" for number in options.numbers)
-    console.print(f"Wrote figures.json, {pictures} to {options.output}", soft_wrap=True)
+    pictures = [f"figure_{number}.png" for number in options.numbers]
+    report.publish(options.output, {"figures.json": content}, *tables, others=pictures)
 
 
 def draw(number: int) -> Result:

@@ -103,8 +103,8 @@ def figure_2() -> Result:
                     "median radius": float(np.median(radius)),
                 }
                 rows.append(row)
-                title = rf"{LABELS[name]}, $\rho = {rho:g}$"
-                panels[-1].append((name, title, ends, f"{100 * at_maximum:.3g}% at maximum"))
+                title = f"{LABELS[name]}\n" rf"$\rho = {rho:g}$"
+                panels[-1].append((name, title, ends, f"{100 * at_maximum:.3g}% at max."))
     setting = (
         "5 sin(r) / r, r = t1^2 + t2^2, learning rate 0.05, 200 steps, 200 starts (seed 0). Shares "
         "of ends within 0.2 of the maximum, and within 0.25 of the circle of minima"
@@ -127,7 +127,7 @@ def figure_5() -> Result:
         )
         saddle, flattest, valley, diverged = classify(path[-1])
         paths[name] = path
-        notes[name] = f"{saddle.mean():.0%} at saddle, {flattest.mean():.0%} at flattest minima"
+        notes[name] = f"{saddle.mean():.0%} at saddle,\n{flattest.mean():.0%} at flattest minima"
         rows.append(
             {
                 "method": label,

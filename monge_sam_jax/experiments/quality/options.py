@@ -4,11 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from monge_sam_jax.experiments.common.errors import InputError
 from monge_sam_jax.experiments.common.options import (
+    check_counts,
+    check_list,
     check_numbers,
     check_seed,
-    flag,
     presets_in_help,
 )
 
@@ -56,10 +56,9 @@ class Quality:
 
     def check(self) -> None:
         """Raises an InputError where an option cannot be used."""
-        if not self.tasks:
-            raise InputError("--tasks needs at least one name")
+        check_list("tasks", self.tasks)
         check_numbers({"rho": self.rho})
-        for name in ("seeds", "width", "epochs", "confusion_epochs"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
+        check_list("rho", self.rho, "number", may_be_empty=True)
+        counts = ("seeds", "width", "epochs", "confusion_epochs")
+        check_counts({name: getattr(self, name) for name in counts})
         check_seed(self.seed)

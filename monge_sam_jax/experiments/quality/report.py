@@ -23,7 +23,8 @@ def markdown(results: Mapping[str, Any]) -> str:
             [{"accuracy": run[0]} for run in entry["runs"][0]["test_accuracy"]]
         )
         lines += [
-            f"**{task}** (start {report.estimate(start['accuracy'])}, {entry['steps'][-1]} steps, "
+            f"**{task}** (start {report.estimate(start['accuracy'])}, "
+            f"{report.count(entry['steps'][-1], 'step')}, "
             f"{seeds}; test accuracy in % when as many gradients "
             "were taken as SGD takes / as many steps)",
             "",

@@ -44,6 +44,7 @@ class Problem(NamedTuple):
     notes: dict[str, float]
 
 
+@jax.jit
 def mean_loss(params: chex.ArrayTree, batch: Batch) -> jax.Array:
     """Mean cross-entropy in nats."""
     losses = optax.softmax_cross_entropy_with_integer_labels(_logits(params, batch.x), batch.y)

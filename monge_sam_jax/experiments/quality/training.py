@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import chex
 import jax
@@ -22,6 +22,8 @@ from monge_sam_jax.metrics import Metric, euclidean, monge
 from monge_sam_jax.one_pass import one_pass_sam, unperturbed_params
 
 EVALUATIONS = 20
+
+Curves: TypeAlias = dict[str, list[float]]
 
 
 class Method(NamedTuple):
@@ -72,14 +74,14 @@ def evaluation_steps(epochs: int, samples: int) -> list[int]:
     return [round(part * steps / EVALUATIONS) for part in range(EVALUATIONS + 1)]
 
 
-def learn(problem: Problem, name: str, rho: float | None, epochs: int, seed: int) -> list[float]:
-    """Test accuracy in percent at the evaluations, from the start of the problem on."""
+def learn(problem: Problem, name: str, rho: float | None, epochs: int, seed: int) -> Curves:
+    """Test accuracy in percent and training loss in nats, from the start of the problem on."""
     radius = 0.0 if rho is None else rho
     rng = np.random.default_rng((seed, 3))
     rows = shuffled_rows(len(problem.train.y), BATCH_SIZE, rng, epochs)
     optimizer = METHODS[name].optimizer(problem.learning_rate, radius)
     carry = problem.params, optimizer.init(problem.params)
-    curve = [float(accuracy(problem.params, problem.test))]
+    evaluated = [problem.params]
     steps = evaluation_steps(epochs, len(problem.train.y))
     for first, last in itertools.pairwise(steps):
         carry = _advance(
@@ -88,8 +90,11 @@ def learn(problem: Problem, name: str, rho: float | None, epochs: int, seed: int
         params, opt_state = carry
         if METHODS[name].one_pass:
             params = unperturbed_params(opt_state, params)
-        curve.append(float(accuracy(params, problem.test)))
-    return curve
+        evaluated.append(params)
+    return {
+        "test_accuracy": [float(accuracy(params, problem.test)) for params in evaluated],
+        "train_loss": [float(mean_loss(params, problem.train)) for params in evaluated],
+    }
 
 
 @functools.partial(jax.jit, static_argnames="name")

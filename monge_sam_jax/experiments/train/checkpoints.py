@@ -20,6 +20,8 @@ from monge_sam_jax.experiments.train.options import PROCESS_OPTIONS, Train, flag
 from monge_sam_jax.experiments.train.training import Optimizer, Run, begin
 
 KEPT = 2
+FOLDER = "checkpoints"
+OPTIONS = "options.json"  # beside the checkpoints, what they have in common
 PREFIX = "epoch"
 LARGEST_SHARE = 0.05  # of the time, where the user does not say how often
 
@@ -52,6 +54,19 @@ class Stage(NamedTuple):
     runs: Mapping[str, Run]
     records: Records
 
+    def logged(self, name: str) -> dict[str, Any]:
+        """What the run of that optimizer has logged, for the records."""
+        run = self.runs[name]
+        return {"seed": self.seed, "curves": run.curves, "seconds_per_step": run.seconds_per_step}
+
+
+def refuse_others(options: Train, dataset: Dataset) -> None:
+    """Raises an InputError if a run that is not resumed would delete checkpoints of another."""
+    if options.overwrite or options.resume or not any(options.output.glob(f"{FOLDER}/{PREFIX}_*")):
+        return
+    present = fingerprint(options, dataset)
+    report.refuse_others(options.output, present, f"{FOLDER}/{OPTIONS}", name_of=str)
+
 
 class Checkpoints:
     """The last stages of a comparison, in a folder that all processes share.
@@ -62,13 +77,15 @@ class Checkpoints:
 
     def __init__(self, options: Train, dataset: Dataset) -> None:
         """Opens the folder; unless the run is resumed, deletes what an earlier one left there."""
-        folder = (options.output / "checkpoints").absolute()
-        if not options.resume and jax.process_index() == 0:
-            for path in folder.glob(f"{PREFIX}_*"):
-                shutil.rmtree(path)
-        multihost_utils.sync_global_devices("the checkpoints of an earlier run are deleted")
+        folder = (options.output / FOLDER).absolute()
         self._options = options
         self._fingerprint = fingerprint(options, dataset)
+        if jax.process_index() == 0:
+            for path in () if options.resume else folder.glob(f"{PREFIX}_*"):
+                shutil.rmtree(path)
+            folder.mkdir(exist_ok=True)
+            report.write_json(folder / OPTIONS, {"configuration": self._fingerprint})
+        multihost_utils.sync_global_devices("the checkpoints of an earlier run are deleted")
         self._not_before = -math.inf
         self._manager = ocp.CheckpointManager(
             folder,

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 
 from monge_sam_jax.experiments.common import report
 from monge_sam_jax.experiments.common.data import Dataset
@@ -25,6 +24,7 @@ from monge_sam_jax.experiments.train.checkpoints import (
     Records,
     Stage,
     fingerprint,
+    refuse_others,
 )
 from monge_sam_jax.experiments.train.data import load
 from monge_sam_jax.experiments.train.models import MODELS
@@ -60,18 +60,13 @@ def run(options: Train) -> None:
     results = compare(options, dataset)
     if jax.process_index() > 0:
         return
-    report.write_json(options.output / "results.json", results)
-    training_figure(results).savefig(options.output / "training.png")
     records = {name: entry["seeds"] for name, entry in results["optimizers"].items()}
     outputs.write_epochs(options.output, records)
-    if options.tensorboard:
-        outputs.write_events(options.output, records)
-    console = Console()
-    console.print(results_table(results))
-    console.print(
-        f"Wrote results.json, training.png, {outputs.EPOCHS} and {outputs.PARAMS}/ to "
-        f"{options.output}",
-        soft_wrap=True,
+    report.publish(
+        options.output,
+        {report.RESULTS: results, "training.png": training_figure(results)},
+        results_table(results),
+        others=(outputs.EPOCHS, f"{outputs.PARAMS}/"),
     )
 
 
@@ -90,6 +85,7 @@ def prepare(options: Train) -> Dataset:
             options.overwrite or options.resume,  # what is resumed the checkpoints tell
             indifferent=FREE,
         )
+        refuse_others(options, dataset)
         if options.tensorboard:
             outputs.event_writer()
         if not options.resume:
@@ -169,20 +165,27 @@ def _train_from(
 ) -> Records:
     """Trains one seed after the other, and tells of it."""
     behind = checkpoints.epochs_behind(stage)
-    with steps(
-        "",
-        options.seeds * options.epochs,
-        completed=behind,
-        unit="epochs",
-        silent=jax.process_index() > 0,
-    ) as told:
+    is_first = jax.process_index() == 0
+    log = outputs.Events(options.output) if options.tensorboard and is_first else None
+    with (
+        contextlib.closing(log) if log else contextlib.nullcontext(),
+        steps(
+            "",
+            options.seeds * options.epochs,
+            completed=behind,
+            unit="epoch",
+            silent=not is_first,
+        ) as told,
+    ):
+        if log:
+            log.write(stage)
         told.begin("compiling")
         compile_steps(task, optimizers, options.batch_size)
         for seed in range(stage.seed, options.seed + options.seeds):
             told.begin(f"seed {seed}")
             if seed > stage.seed:
                 stage = Stage(seed, begin(optimizers, seed), stage.records)
-            told.begin_part("", len(optimizers), "optimizers")
+            told.begin_part("", len(optimizers), "optimizer")
             train(
                 task,
                 optimizers,
@@ -191,7 +194,7 @@ def _train_from(
                 epochs=options.epochs,
                 batch_size=options.batch_size,
                 on_turn=told.end_part,
-                on_epoch=functools.partial(_end_epoch, stage, told, checkpoints),
+                on_epoch=functools.partial(_end_epoch, stage, told, checkpoints, log),
             )
             _record(stage, task, options.sharpness_rho)
             for name, run in stage.runs.items():
@@ -199,13 +202,17 @@ def _train_from(
     return stage.records
 
 
-def _end_epoch(stage: Stage, told: Steps, checkpoints: Checkpoints) -> None:
+def _end_epoch(
+    stage: Stage, told: Steps, checkpoints: Checkpoints, log: outputs.Events | None
+) -> None:
     losses = {name: run.curves["train_loss"][-1] for name, run in stage.runs.items()}
     epoch = min(len(run.seconds_per_step) for run in stage.runs.values())
     listed = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
     told.end(f"seed {stage.seed}, epoch {epoch}: train loss {listed}", min(losses.values()))
-    told.begin_part("", len(stage.runs), "optimizers")
+    told.begin_part("", len(stage.runs), "optimizer")
     checkpoints.save_if_due(stage)
+    if log:
+        log.write(stage)
 
 
 def _record(stage: Stage, task: Task, sharpness_rho: float) -> None:
@@ -214,11 +221,4 @@ def _record(stage: Stage, task: Task, sharpness_rho: float) -> None:
         name: task.sharpness(run.variables, sharpness_rho) for name, run in stage.runs.items()
     }
     for name, final in final_metrics(stage.runs, sharpness).items():
-        stage.records[name].append(
-            {
-                "seed": stage.seed,
-                "final": final,
-                "curves": stage.runs[name].curves,
-                "seconds_per_step": stage.runs[name].seconds_per_step,
-            }
-        )
+        stage.records[name].append({**stage.logged(name), "final": final})

@@ -1,14 +1,13 @@
 """The data of `monge-sam train`, the user's own among them."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from monge_sam_jax.experiments.common.data import (
-    UNREADABLE,
     Dataset,
     handwritten_digits,
+    load_arrays,
     make_dataset,
     split,
 )
@@ -16,7 +15,7 @@ from monge_sam_jax.experiments.common.errors import InputError
 from monge_sam_jax.experiments.train.options import Train
 
 FEWEST_PER_CLASS = 5
-MOST_TOLD = 8  # arrays of a file, in an error
+EXPECTED = "an .npz file with numbers x (n, ...) and integer labels y (n,)"
 
 
 def load(options: Train) -> Dataset:
@@ -51,7 +50,7 @@ def from_file(path: Path) -> Dataset:
       InputError: the file is no .npz file with such arrays, or they cannot be learnt from.
     """
     try:
-        x, y = _read(path)
+        x, y = load_arrays(path, EXPECTED, ("x", "y")).values()
         _check(x, y)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -61,40 +60,6 @@ def from_file(path: Path) -> Dataset:
     varies = x_train.max(axes) > x_train.min(axes)
     mean, scale = x_train.mean(axes), np.where(varies, x_train.std(axes), 1.0)
     return make_dataset((x_train - mean) / scale, (x_test - mean) / scale, y_train, y_test)
-
-
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    arrays: dict[str, np.ndarray] = {}
-    found = "no .npz archive"
-    try:
-        # NumPy leaves a file open if it is no archive although it begins like one.
-        with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if isinstance(archive, np.lib.npyio.NpzFile):
-                arrays = {name: archive[name] for name in ("x", "y") if name in archive}
-                found = _contents(archive)
-    except FileNotFoundError:
-        raise InputError("no such file") from None
-    except UNREADABLE as error:
-        raise InputError(
-            f"cannot be read as an .npz file of plain arrays: {error}; expected numbers x (n, ...) "
-            "and integer labels y (n,), as np.savez(path, x=x, y=y) writes them"
-        ) from error
-    for name in ("x", "y"):
-        if name not in arrays:
-            raise InputError(
-                f"no array {name}; found {found}, expected an .npz file with numbers x (n, ...) "
-                "and integer labels y (n,)"
-            )
-    return np.asarray(arrays["x"]), np.asarray(arrays["y"])
-
-
-def _contents(archive: Mapping[str, np.ndarray]) -> str:
-    """The arrays with their shapes, of at most `MOST_TOLD` of them."""
-    names = list(archive)
-    told = [f"{name} {archive[name].shape}" for name in names[:MOST_TOLD]]
-    more = [f"{len(names) - MOST_TOLD} more"] if len(names) > MOST_TOLD else []
-    return ", ".join(told + more) or "no arrays"
 
 
 def _check(x: np.ndarray, y: np.ndarray) -> None:

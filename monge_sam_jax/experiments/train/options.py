@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from monge_sam_jax.experiments.common.errors import InputError
-from monge_sam_jax.experiments.common.options import check_numbers, check_seed, flag
+from monge_sam_jax.experiments.common.options import (
+    check_counts,
+    check_list,
+    check_numbers,
+    check_seed,
+    flag,
+)
 
 LEARNING_RATES = {"sgd": 0.05, "adam": 0.001, "adamw": 0.001}
 PROCESS_OPTIONS = ("coordinator_address", "num_processes", "process_id")
@@ -119,13 +125,8 @@ class Train:
 
     def check(self) -> None:
         """Raises an InputError where an option cannot be used."""
-        if not self.optimizers:
-            raise InputError("--optimizers needs at least one name")
-        if len(set(self.optimizers)) < len(self.optimizers):
-            raise InputError(f"--optimizers has a name twice: {' '.join(self.optimizers)}")
-        for name in ("epochs", "batch_size", "seeds"):
-            if (count := getattr(self, name)) < 1:
-                raise InputError(f"{flag(name)} must be at least 1, got {count}")
+        check_list("optimizers", self.optimizers)
+        check_counts({name: getattr(self, name) for name in ("epochs", "batch_size", "seeds")})
         check_seed(self.seed)
         check_numbers({"learning_rate": self.learning_rate}, positive=True)
         check_numbers({name: getattr(self, name) for name in ("rho", "alpha", "sharpness_rho")})
@@ -142,7 +143,6 @@ class Train:
         address, count, number = (getattr(self, name) for name in PROCESS_OPTIONS)
         if address is not None and not address.rpartition(":")[2].isdecimal():
             raise InputError(f"--coordinator-address must be host:port, got {address}")
-        if count is not None and count < 1:
-            raise InputError(f"--num-processes must be at least 1, got {count}")
+        check_counts({"num_processes": count})
         if number is not None and not 0 <= number < (count or math.inf):
             raise InputError(f"--process-id must be from 0 to --num-processes - 1, got {number}")

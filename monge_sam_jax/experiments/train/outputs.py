@@ -1,10 +1,12 @@
 """What a comparison leaves beside its results: final params, and what was logged every epoch."""
 
+import collections
 import csv
 import importlib
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from monge_sam_jax.experiments.common.errors import InputError
 from monge_sam_jax.experiments.common.task import Variables
-from monge_sam_jax.experiments.train.checkpoints import Records
+from monge_sam_jax.experiments.train.checkpoints import Records, Stage
 
 PARAMS = "params"
 EPOCHS = "epochs.csv"
@@ -96,21 +98,32 @@ def event_writer() -> Callable[..., Any]:
     )
 
 
-def write_events(output: Path, records: Records) -> None:
-    """Writes a folder of TensorBoard's files for every run, in place of an earlier run's."""
-    make_writer = event_writer()
-    shutil.rmtree(output / EVENTS, ignore_errors=True)
-    writers: dict[str, Any] = {}
-    for row in _rows(records):
-        name = run_name(row.pop("optimizer"), row.pop("seed"))
-        if name not in writers:
-            writers[name] = make_writer(str(output / EVENTS / name))
-        _write_scalars(writers[name], row.pop("epoch"), row)
-    for writer in writers.values():
-        writer.close()
+class Events:
+    """A folder of TensorBoard's files for every run, in place of those of an earlier command."""
 
+    def __init__(self, output: Path) -> None:
+        self._folder = output / EVENTS
+        self._make_writer = event_writer()
+        self._writers: dict[str, Any] = {}
+        self._written: collections.Counter[str] = collections.Counter()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
-def _write_scalars(writer: Any, epoch: int, values: Mapping[str, float | None]) -> None:
-    for quantity, value in values.items():
-        if value is not None:  # it is where it was not finite
-            writer.add_scalar(quantity, value, epoch)
+    def write(self, stage: Stage) -> None:
+        """Writes what has been logged since the last time, of a resumed run all that was before."""
+        records = {name: [*stage.records[name], stage.logged(name)] for name in stage.runs}
+        for row in _rows(records):
+            name, epoch = run_name(row.pop("optimizer"), row.pop("seed")), row.pop("epoch")
+            if epoch <= self._written[name]:
+                continue
+            if name not in self._writers:
+                self._writers[name] = self._make_writer(str(self._folder / name))
+            for quantity, value in row.items():
+                if math.isfinite(value):
+                    self._writers[name].add_scalar(quantity, value, epoch)
+            self._writers[name].flush()
+            self._written[name] = epoch
+
+    def close(self) -> None:
+        """Ends all files."""
+        for writer in self._writers.values():
+            writer.close()

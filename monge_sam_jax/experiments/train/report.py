@@ -81,7 +81,10 @@ def results_table(results: Mapping[str, Any]) -> Table:
     table.add_column("optimizer", no_wrap=True)
     for header, _ in COLUMNS.values():
         table.add_column(header.format(base=base), justify="right")
-    summaries = [entry["summary"] for entry in results["optimizers"].values()]
+    summaries = [dict(entry["summary"]) for entry in results["optimizers"].values()]
+    if "sgd" in results["optimizers"]:  # to itself, which no error belongs to
+        own = {"ratio_to_sgd": {"mean": 1.0, "standard_error": None}}
+        summaries[list(results["optimizers"]).index("sgd")] |= own
     columns = [
         format_column([summary.get(quantity) for summary in summaries], factor)
         for quantity, (_, factor) in COLUMNS.items()
@@ -112,20 +115,21 @@ def format_column(
     means = [abs(pair[0]) for pair in scaled if pair and pair[0] is not None]
     errors = [pair[1] for pair in scaled if pair and pair[0] is not None and pair[1]]
     largest, error = max(means, default=0.0), max(errors, default=0.0)
-    leading = error or largest
-    if leading and not 1e-3 <= max(largest, error) < 1e6:
-        styles = (".2e", ".1e")
-    else:
-        digits = 2 if error else 4
-        styles = (f".{report.decimals(leading, digits)}f",) * 2
-    return ["-" if pair is None else _cell(pair[0], pair[1], *styles) for pair in scaled]
+    leading, digits = error or largest, None
+    if not leading or 1e-3 <= max(largest, error) < 1e6:
+        digits = report.decimals(leading, 2 if error else 4)
+    return ["-" if pair is None else _cell(pair[0], pair[1], digits) for pair in scaled]
 
 
 def _times(value: float | None, factor: float) -> float | None:
     return None if value is None or not math.isfinite(value) else value * factor
 
 
-def _cell(mean: float | None, error: float | None, style: str, error_style: str) -> str:
+def _cell(mean: float | None, error: float | None, digits: int | None) -> str:
+    """In powers of ten if there are no digits."""
     if mean is None:
         return "diverged"
-    return f"{mean:{style}}" + ("" if error is None else f"\n±{error:{error_style}}")
+    text = f"{mean:.2e}" if digits is None else f"{mean:.{digits}f}"
+    if error is None:
+        return text
+    return f"{text}\n±{f'{error:.1e}' if digits is None else report.error_text(error, digits)}"

@@ -32,7 +32,7 @@ from monge_sam_jax import (
 )
 from monge_sam_jax.experiments.common.data import Batch, shuffled_rows
 from monge_sam_jax.experiments.common.placement import AXIS
-from monge_sam_jax.experiments.common.task import Task, Variables
+from monge_sam_jax.experiments.common.task import Task, Variables, variables_of
 from monge_sam_jax.linen import SharpnessAwareTrainState, make_train_step
 
 BUILDERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
@@ -90,8 +90,7 @@ class Run:
     @property
     def variables(self) -> Variables:
         """Those of the model."""
-        stats = self.state.batch_stats
-        return {"params": self.state.params} | ({} if stats is None else {"batch_stats": stats})
+        return variables_of(self.state)
 
 
 def radius(name: str, rho: float | None) -> float | None:
