@@ -10,7 +10,7 @@ import optax
 
 from monge_sam_jax.ascent import friendly
 from monge_sam_jax.experiments.common.data import Batch
-from monge_sam_jax.experiments.study.tasks import Task
+from monge_sam_jax.experiments.study.tasks import Kind
 from monge_sam_jax.metrics import Grads, Params, adaptive, euclidean, monge
 from monge_sam_jax.one_pass import one_pass_sam, unperturbed_params
 from monge_sam_jax.slots import sharpness_aware
@@ -24,14 +24,14 @@ class Setting(NamedTuple):
     """What a method is built for.
 
     Attributes:
-      task: what is learnt.
+      kind: of the problem.
       base: the optimizer.
       rho: the radius of the line, a Euclidean length.
       steps: of the whole training, a number that may be traced.
       params: their shapes.
     """
 
-    task: Task
+    kind: Kind
     base: optax.GradientTransformation
     rho: Any
     steps: Any
@@ -39,7 +39,7 @@ class Setting(NamedTuple):
 
     def gradient(self, params: Params, batch: Batch) -> Grads:
         """Of the loss."""
-        return jax.grad(self.task.loss)(params, batch)
+        return jax.grad(self.kind.loss)(params, batch)
 
     @property
     def annealed(self) -> optax.Schedule:

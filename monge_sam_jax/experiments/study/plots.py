@@ -76,7 +76,7 @@ def profiles_figure(results: Mapping[str, Any]) -> Figure:
         for row in entry["rows"]:
             if row["gradients"] == 2:
                 scores = _ends(_cell_of(entry, row), "test")
-                errors.setdefault(row["method"], []).append(TASKS[task].error(scores))
+                errors.setdefault(row["method"], []).append(TASKS[task].kind.error(scores))
     stacked = {name: np.concatenate(parts) for name, parts in errors.items()}
     for name, profile in profiles(stacked, RATIOS).items():
         colour, style = STYLES[name]

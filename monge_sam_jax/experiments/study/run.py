@@ -81,7 +81,7 @@ def _begin(
 
     def notes() -> dict[str, Any]:
         start = problem()
-        score = float(TASKS[task].measure(start.params, start.test))
+        score = float(TASKS[task].kind.measure(start.params, start.test))
         return start.notes | {"test": score}
 
     def train(cell: Cell) -> Any:
@@ -100,7 +100,7 @@ def summarise(task: str, starts: Sequence[Mapping[str, float]], curves: Curves) 
         for row in _rows({c: x for c, x in curves.items() if c.gradients == gradients})
     ]
     return {
-        "unit": TASKS[task].unit,
+        "unit": TASKS[task].kind.unit,
         "start": report.summarise([{"test": start["test"]} for start in starts])["test"],
         "starts": starts,
         "steps": int(next(iter(curves.values()))[0]["steps"][-1]),

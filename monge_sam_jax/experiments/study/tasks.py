@@ -61,32 +61,26 @@ class Problem(NamedTuple):
     notes: dict[str, float]
 
 
-class Task(NamedTuple):
-    """What all problems of a task share.
+class Kind(NamedTuple):
+    """What is fitted, and how it is measured.
 
     Attributes:
-      make: (seed, size) -> problem.
       model: (params, x) -> outputs.
       output_loss: (outputs, y) -> mean loss.
       score: (outputs, y) -> what is reported; the larger, the better.
       unit: of the score.
       error: score -> what is left to zero, for performance profiles.
       optimizer: learning rate -> the base optimizer.
-      learning_rate: that of the baseline.
       batch_size: samples of a step.
-      radii: the line of radii, as Euclidean lengths.
     """
 
-    make: Callable[[int, Size], Problem]
     model: Callable[[chex.ArrayTree, jax.Array], jax.Array]
     output_loss: Callable[[jax.Array, jax.Array], jax.Array]
     score: Callable[[jax.Array, jax.Array], jax.Array]
     unit: str
     error: Callable[[np.ndarray], np.ndarray]
     optimizer: Callable[[Any], optax.GradientTransformation]
-    learning_rate: float
     batch_size: int
-    radii: tuple[float, ...]
 
     def loss(self, params: chex.ArrayTree, batch: Batch) -> jax.Array:
         """The mean loss of a batch."""
@@ -207,21 +201,15 @@ def _label_noise(fraction: float, seed: int, size: Size) -> Problem:
     return Problem(_fresh(seed, size.width, train), noisy, validation, test, notes)
 
 
-def _on_digits(
-    make: Callable[[int, Size], Problem], learning_rate: float, radii: tuple[float, ...]
-) -> Task:
-    return Task(
-        make,
-        _logits,
-        _cross_entropy,
-        _accuracy,
-        "test accuracy (%)",
-        lambda score: 100 - score,
-        functools.partial(optax.sgd, momentum=MOMENTUM),
-        learning_rate,
-        DIGITS_BATCH,
-        radii,
-    )
+DIGITS = Kind(
+    _logits,
+    _cross_entropy,
+    _accuracy,
+    "test accuracy (%)",
+    lambda score: 100 - score,
+    functools.partial(optax.sgd, momentum=MOMENTUM),
+    DIGITS_BATCH,
+)
 
 
 # --- the heat equation ---
@@ -271,25 +259,43 @@ def _log_accuracy(u: jax.Array, y: jax.Array) -> jax.Array:
     return -0.5 * jnp.log10(jnp.mean((u - y) ** 2) / jnp.mean(y**2))
 
 
+HEAT = Kind(
+    _temperature,
+    _mean_square,
+    _log_accuracy,
+    "-log10 of the relative error",
+    lambda score: 10.0**-score,
+    optax.adam,
+    batch_size=64,
+)
+
+
+class Task(NamedTuple):
+    """A row of the table of tasks.
+
+    Attributes:
+      make: (seed, size) -> problem.
+      kind: of its problems.
+      learning_rate: that of the baseline.
+      radii: the line of radii, as Euclidean lengths.
+    """
+
+    make: Callable[[int, Size], Problem]
+    kind: Kind
+    learning_rate: float
+    radii: tuple[float, ...]
+
+
+LONG, SHORT, TINY = (
+    (0.05, 0.5, 1.0, 2.0, 4.0),
+    (0.05, 0.1, 0.2, 0.5, 1.0),
+    (0.001, 0.005, 0.02, 0.05),
+)
 TASKS = {
-    "bad-minimum": _on_digits(_bad_minimum, FITTING_RATE, (0.05, 0.5, 1.0, 2.0, 4.0)),
-    "large-init": _on_digits(_large_init, FITTING_RATE, (0.05, 0.5, 1.0, 2.0, 4.0)),
-    **{
-        f"label-noise-{percent}": _on_digits(
-            functools.partial(_label_noise, percent / 100), 0.05, (0.05, 0.1, 0.2, 0.5, 1.0)
-        )
-        for percent in (0, 30, 60)
-    },
-    "regression": Task(
-        _heat,
-        _temperature,
-        _mean_square,
-        _log_accuracy,
-        "-log10 of the relative error",
-        lambda score: 10.0**-score,
-        optax.adam,
-        2e-3,
-        64,
-        (0.001, 0.005, 0.02, 0.05, 0.1),
-    ),
+    "bad-minimum": Task(_bad_minimum, DIGITS, FITTING_RATE, LONG),
+    "large-init": Task(_large_init, DIGITS, FITTING_RATE, LONG),
+    "label-noise-0": Task(functools.partial(_label_noise, 0.0), DIGITS, 0.05, SHORT),
+    "label-noise-30": Task(functools.partial(_label_noise, 0.3), DIGITS, 0.05, SHORT),
+    "label-noise-60": Task(functools.partial(_label_noise, 0.6), DIGITS, 0.05, SHORT),
+    "regression": Task(_heat, HEAT, 2e-3, TINY),
 }

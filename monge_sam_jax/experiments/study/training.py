@@ -13,7 +13,7 @@ import optax
 
 from monge_sam_jax.experiments.common.data import Batch, shuffled_rows
 from monge_sam_jax.experiments.study.methods import METHODS, Setting, Trainer
-from monge_sam_jax.experiments.study.tasks import TASKS, Problem
+from monge_sam_jax.experiments.study.tasks import TASKS, Kind, Problem
 
 EVALUATIONS = 10
 
@@ -55,15 +55,16 @@ def learn(problem: Problem, cell: Cell, epochs: int, seed: int) -> dict[str, Any
       batch before, and "seconds", of the steps alone.
     """
     task = TASKS[cell.task]
+    kind = task.kind
     rng = np.random.default_rng((seed, 3))
-    rows = shuffled_rows(len(problem.train.y), task.batch_size, rng, 2 * epochs)
+    rows = shuffled_rows(len(problem.train.y), kind.batch_size, rng, 2 * epochs)
     apart = max(1, len(rows) // 2 // EVALUATIONS)  # equal distances are compiled once
     parts = min(EVALUATIONS, len(rows) // 2) * (2 if cell.doubled else 1)
     at = [part * apart for part in range(parts + 1)]
     rates = jnp.float32(cell.factor * task.learning_rate), jnp.float32(cell.rho or 0.0), at[-1]
-    fixed = {"task": cell.task, "method": cell.method}
+    fixed = {"kind": kind, "method": cell.method}
     carry = _begin(problem.params, *rates, **fixed)
-    seconds, losses = 0.0, [float(task.loss(problem.params, problem.train))]
+    seconds, losses = 0.0, [float(kind.loss(problem.params, problem.train))]
     scores = [_scores(carry, problem, *rates, **fixed)]
     for first, last in itertools.pairwise(at):
         start = time.perf_counter()
@@ -82,29 +83,29 @@ def learn(problem: Problem, cell: Cell, epochs: int, seed: int) -> dict[str, Any
 
 
 def _trainer(
-    params: chex.ArrayTree, learning_rate: Any, rho: Any, steps: Any, task: str, method: str
+    params: chex.ArrayTree, learning_rate: Any, rho: Any, steps: Any, *, kind: Kind, method: str
 ) -> Trainer:
     shapes = jax.eval_shape(lambda: params)
-    base = TASKS[task].optimizer(learning_rate)
-    return METHODS[method].build(Setting(TASKS[task], base, rho, steps, shapes))
+    base = kind.optimizer(learning_rate)
+    return METHODS[method].build(Setting(kind, base, rho, steps, shapes))
 
 
-@functools.partial(jax.jit, static_argnames=("task", "method"))
-def _begin(params: chex.ArrayTree, *rates: Any, **fixed: str) -> Any:
+@functools.partial(jax.jit, static_argnames=("kind", "method"))
+def _begin(params: chex.ArrayTree, *rates: Any, **fixed: Any) -> Any:
     return params, _trainer(params, *rates, **fixed).optimizer.init(params)
 
 
-@functools.partial(jax.jit, static_argnames=("task", "method"))
-def _scores(carry: Any, problem: Problem, *rates: Any, **fixed: str) -> Any:
+@functools.partial(jax.jit, static_argnames=("kind", "method"))
+def _scores(carry: Any, problem: Problem, *rates: Any, **fixed: Any) -> Any:
     params, opt_state = carry
     params = _trainer(params, *rates, **fixed).evaluated(opt_state, params)
-    task = TASKS[fixed["task"]]
-    return task.measure(params, problem.validation), task.measure(params, problem.test)
+    kind = fixed["kind"]
+    return kind.measure(params, problem.validation), kind.measure(params, problem.test)
 
 
-@functools.partial(jax.jit, static_argnames=("task", "method"))
+@functools.partial(jax.jit, static_argnames=("kind", "method"))
 def _advance(
-    carry: Any, samples: Batch, rows: jax.Array, *rates: Any, **fixed: str
+    carry: Any, samples: Batch, rows: jax.Array, *rates: Any, **fixed: Any
 ) -> tuple[Any, jax.Array]:
     """Params and optimizer state after a step on each row of indices, and the last batch's loss."""
     trainer = _trainer(carry[0], *rates, **fixed)
@@ -119,4 +120,4 @@ def _advance(
     carry, _ = jax.lax.scan(step, carry, rows)
     params = trainer.evaluated(carry[1], carry[0])
     last = Batch(samples.x[rows[-1]], samples.y[rows[-1]])
-    return carry, TASKS[fixed["task"]].loss(params, last)
+    return carry, fixed["kind"].loss(params, last)
