@@ -5,7 +5,10 @@ The builders `monge_sam`, `sam`, `adaptive_sam` and `fisher_sam` go first in an 
 """
 
 import monge_sam_jax._core.interruption  # noqa: F401 - first: Ctrl-C while the rest is loaded
+from monge_sam_jax.averaged import averaged_monge as averaged_monge
+from monge_sam_jax.averaged import averaged_monge_over as averaged_monge_over
 from monge_sam_jax.composite import grouped as grouped
+from monge_sam_jax.composite import layerwise as layerwise
 from monge_sam_jax.composite import scaled as scaled
 from monge_sam_jax.diagnostics import Diagnostics as Diagnostics
 from monge_sam_jax.diagnostics import MeasuredDiagnostics as MeasuredDiagnostics
@@ -20,12 +23,15 @@ from monge_sam_jax.metrics import diagonal_fisher as diagonal_fisher
 from monge_sam_jax.metrics import euclidean as euclidean
 from monge_sam_jax.metrics import monge as monge
 from monge_sam_jax.metrics import pullback as pullback
+from monge_sam_jax.norms import spectral as spectral
+from monge_sam_jax.norms import supremum as supremum
 from monge_sam_jax.one_pass import one_pass_sam as one_pass_sam
 from monge_sam_jax.one_pass import unperturbed_params as unperturbed_params
 from monge_sam_jax.parallel import accumulated as accumulated
 from monge_sam_jax.parallel import m_sharpness as m_sharpness
 from monge_sam_jax.parallel import per_shard as per_shard
 from monge_sam_jax.perturbation import worst_case_perturbation as worst_case_perturbation
+from monge_sam_jax.preconditioning import preconditioned as preconditioned
 from monge_sam_jax.running_statistics import (
     refresh_running_statistics as refresh_running_statistics,
 )

@@ -16,7 +16,22 @@ metric                    G                                       method
 `adaptive(eta)`           diag(1 / (abs(theta) + eta)^2)          ASAM (Kwon et al. 2021)
 `diagonal_fisher(eta)`    diag(1 + eta g^2)                       Fisher SAM (Kim et al. 2022)
 `monge(base, alpha)`      M + alpha^2 g g^T, M the base's metric  Monge SAM (eq. 6)
+`averaged_monge(r)`       M + alpha^2 / r sum_i g_i g_i^T         Monge SAM, over the last r steps
+`averaged_monge_over(g)`  the same, of given gradients            Monge SAM, over micro-batches
 `pullback(phi)`           J^T J, J the Jacobian of phi            SAM in the coordinates phi(psi)
+`preconditioned(tx)`      P^-1, P what tx does to a gradient      SAM in the ball of an optimizer
+========================  ======================================  =============================
+
+Others have a norm N in place of :math:`\sqrt{\delta^\top G \delta}`, with a dual norm
+:math:`N^*(g) = \max_{N(\delta) \le 1} g^\top \delta`:
+
+========================  ======================================  =============================
+metric                    N(delta)                                method
+========================  ======================================  =============================
+`layerwise(base)`         max over leaves of the base's norm      SAM layer by layer
+`grouped(metrics, ...)`   max over groups of their norms          the same, by groups
+`supremum()`              max of abs(delta)                       SAM of p = infinity
+`spectral()`              max over leaves of singular values      SAM in the ball of Muon
 ========================  ======================================  =============================
 
 A metric is a pair of pure functions. One of your own takes the natural gradient v = G^{-1} g (or
@@ -42,7 +57,7 @@ by a fixed positive diagonal:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import chex
 import jax
@@ -115,17 +130,26 @@ class Metric(NamedTuple):
         what `jax.grad` returns.
       isotropic: whether :math:`G^{-1} g` is a multiple of g, by one scalar for all leaves, so that
         `one_pass_sam` may recompute a perturbation in place of storing it.
+      linear: whether G depends on params and state alone, so that :math:`G^{-1} g` is linear in g:
+        what `averaged_monge` needs of its base.
     """
 
     init: Callable[[Params], State]
     ascent: Callable[[Grads, Params, State], tuple[Ascent, State]]
     isotropic: bool = False
+    linear: bool = False
 
 
 def stateless(params: Params) -> State:
     """`Metric.init` of a metric without state."""
     del params
     return ()
+
+
+def check_base(name: str, metric: Any) -> None:
+    """Raises TypeError unless the argument of that name is a `Metric`."""
+    if not isinstance(metric, Metric):
+        raise TypeError(f"{name} must be a Metric such as euclidean(), got {metric!r}")
 
 
 def euclidean() -> Metric:
@@ -150,7 +174,7 @@ def euclidean() -> Metric:
         g = scaled_norm(grads)
         return Ascent(g.unit, dual_norm=g.norm, length=g.unit_norm), state
 
-    return Metric(stateless, ascent, isotropic=True)
+    return Metric(stateless, ascent, isotropic=True, linear=True)
 
 
 def adaptive(eta: chex.Numeric = 0.01) -> Metric:
@@ -196,7 +220,7 @@ def adaptive(eta: chex.Numeric = 0.01) -> Metric:
         dual_norm = bounded_product(h.divided(g.inverse_scale), jnp.asarray(8, dtype))
         return Ascent(tangent, dual_norm, length=h.unit_norm * h.scale), state
 
-    return Metric(stateless, ascent)
+    return Metric(stateless, ascent, linear=True)
 
 
 def diagonal_fisher(eta: chex.Numeric = 1.0) -> Metric:
@@ -272,6 +296,15 @@ def monge(base: Metric = euclidean(), alpha: chex.Numeric = 1.0) -> Metric:  # n
     where it is large. The length depends on the loss's scale: the gradient must be that of the mean
     loss, unscaled and not yet clipped.
 
+    The same holds of any norm N with dual norm n, in place of the base's. In the ball
+    :math:`N(\delta)^2 + \alpha^2 (g^\top \delta)^2 \le \rho^2`
+
+    .. math::
+        (g^\top \delta)^2 \le n^2 N(\delta)^2 \le n^2 (\rho^2 - \alpha^2 (g^\top \delta)^2), \qquad
+        g^\top \delta \le \rho n / \sqrt{1 + \alpha^2 n^2}
+
+    which the worst step of N attains at that length.
+
     Args:
       base: the metric M.
       alpha: height of the loss graph, in 1 / (units of the loss); non-negative. Zero is the base
@@ -295,8 +328,7 @@ def monge(base: Metric = euclidean(), alpha: chex.Numeric = 1.0) -> Metric:  # n
     Array([0.3, 0.4], dtype=float32)
     """
     check_nonnegative("alpha", alpha)
-    if not isinstance(base, Metric):
-        raise TypeError(f"base must be a Metric such as euclidean(), got {base!r}")
+    check_base("base", base)
 
     def ascent(grads: Grads, params: Params, state: State) -> tuple[Ascent, State]:
         base_ascent, state = base.ascent(grads, params, state)
@@ -362,4 +394,4 @@ def pullback(
         length = jnp.sqrt(jnp.maximum(inner_product(g.unit, v, dtype), jnp.finfo(dtype).tiny))
         return Ascent(v, dual_norm=g._replace(unit_norm=length).norm, length=length), state
 
-    return Metric(stateless, ascent)
+    return Metric(stateless, ascent, linear=True)

@@ -74,6 +74,13 @@ METRICS = {
     "scaled": ms.scaled(ms.monge(), 2.0),
     "grouped": groups(),
     "with a state": averaged_squares(),
+    "layerwise": ms.layerwise(ms.adaptive(0.1)),
+    "layerwise with a state": ms.monge(ms.layerwise(averaged_squares())),
+    "supremum": ms.supremum(),
+    "spectral": ms.spectral(),
+    "averaged with a state": ms.averaged_monge(3, base=ms.adaptive(0.1)),
+    "preconditioned": ms.preconditioned(optax.identity()),
+    "preconditioned with a state": ms.preconditioned(optax.scale_by_rms(eps=0.1)),
 }
 
 
@@ -115,6 +122,11 @@ TWO_PASS = {
     "scaled": two_pass(ms.sharpness_aware, metric=METRICS["scaled"]),
     "grouped": two_pass(ms.sharpness_aware, metric=METRICS["grouped"]),
     "with a state": two_pass(ms.sharpness_aware, metric=METRICS["with a state"]),
+    **{
+        name: two_pass(ms.sharpness_aware, metric=METRICS[name])
+        for name in METRICS
+        if name == "spectral" or name.endswith(" with a state")
+    },
 }
 ONE_PASS = {
     "one pass, gradient": one_pass("gradient"),
@@ -122,6 +134,7 @@ ONE_PASS = {
     "one pass, momentum, adaptive": one_pass("momentum", "adaptive"),
     "one pass, gradient, grouped": one_pass("gradient", "grouped"),
     "one pass, momentum, with a state": one_pass("momentum", "with a state"),
+    "one pass, gradient, averaged with a state": one_pass("gradient", "averaged with a state"),
 }
 FORMS = {**TWO_PASS, **ONE_PASS, "functional": functional}
 
@@ -383,7 +396,7 @@ def test_accumulation(form, dtype):
             updates, _ = tx.update(gradient(params), state, params)
             chex.assert_trees_all_equal_dtypes(updates, params)
             # The second micro-batch is the first again; a metric with a state has seen it twice.
-            if form not in (FORMS[name] for name in FORMS if "state" in name):
+            if form not in (FORMS[name] for name in FORMS if name.endswith("state")):
                 alone = form(base())
                 expected, _ = alone.update(gradient(params), alone.init(params), params)
                 rtol = 1e-6 if dtype == jnp.float32 else 2e-2
@@ -498,6 +511,9 @@ def debugging(forgetful):
             jax.config.update(flag, value)
 
 
+LIFTED = ("monge", "monge adaptive", "scaled", "averaged with a state")  # of the first gradient
+
+
 def exact(metric, g, p):
     """The perturbation in NumPy, at float64, of leaves laid end to end: v, then w."""
     if metric == "grouped":
@@ -505,22 +521,35 @@ def exact(metric, g, p):
         v = 0.5 * size * np.sign(g[:1])
         n = np.linalg.norm(g[1:])
         return RHO * np.concatenate([v, g[1:] / n / np.hypot(1, n)])
+    if metric == "supremum":
+        return RHO * np.sign(g)
+    if metric in ("layerwise", "spectral"):
+        size = np.abs(p) + 0.1 if metric == "layerwise" else np.ones(3)
+        norms = [np.linalg.norm((size * g)[part]) for part in (slice(0, 1), slice(1, 3))]
+        return RHO * size**2 * g / np.repeat(np.maximum(norms, 1e-300), (1, 2))
     root = {  # of the inverse of the metric, which is diagonal
         "adaptive": np.abs(p) + 0.01,
         "monge adaptive": np.abs(p) + 0.1,
+        "averaged with a state": np.abs(p) + 0.1,
         "fisher": 1 / np.hypot(1, g),
     }.get(metric, np.ones(3))
     n = np.linalg.norm(root * g)
-    lift = np.hypot(1, n) if metric in ("monge", "monge adaptive", "scaled") else 1
+    lift = np.hypot(1, n) if metric in LIFTED else 1
     return (2 if metric == "scaled" else 1) * RHO * root * (root * g / n) / lift
 
 
 # The metric with a state is not written for it, and the functional form takes no gradient.
-NOT_OF_ANY_SIZE = ("with a state", "one pass, momentum, with a state", "functional")
+NOT_OF_ANY_SIZE = (
+    "with a state",
+    "one pass, momentum, with a state",
+    "layerwise with a state",
+    "preconditioned with a state",
+    "functional",
+)
 
 
 @pytest.mark.parametrize("size_of_params", [0.0, 1.0, 1e38])
-@pytest.mark.parametrize("metric", [name for name in METRICS if name != "with a state"])
+@pytest.mark.parametrize("metric", [name for name in METRICS if name not in NOT_OF_ANY_SIZE])
 def test_perturbations_of_any_gradient_at_any_params(debugging, metric, size_of_params):
     """Eagerly, where every intermediate result is looked at."""
     p = np.float32(size_of_params) * np.array([1.0, -1.0, 0.5], np.float32)
@@ -531,7 +560,7 @@ def test_perturbations_of_any_gradient_at_any_params(debugging, metric, size_of_
         g = np.where(np.abs(g) < np.finfo(np.float32).tiny, 0, g)  # subnormals count as zero
         grads = {"v": jnp.asarray(g[0]), "w": jnp.asarray(g[1:])}
         if (
-            metric == "monge adaptive"
+            metric in ("monge adaptive", "averaged with a state")
             and np.linalg.norm((np.abs(p) + 0.1) * g.astype(float)) > 3e38
         ):
             continue  # the dual norm is out of range, and so counts as its largest number

@@ -171,6 +171,11 @@ def test_a_gradient_that_is_not_finite_is_passed_on(ascent, bad):
     assert np.isnan(flat(found)).all()
 
 
+def test_z_score_hides_no_gradient_that_is_not_finite():
+    a, _ = z_score(0.5).update(jnp.array([1.0, np.inf, 2.0]), optax.EmptyState())
+    assert np.isnan(a).all()
+
+
 def test_an_ascent_that_is_zero_perturbs_nothing():
     """friendly(decay=0): the average is the gradient itself."""
     tx = ms.sam(gradient, rho=RHO, ascent=friendly(decay=0.0))

@@ -82,6 +82,11 @@ def tree_scale(scalar: jax.Array, tree: PyTree) -> PyTree:
     return jax.tree.map(scale, tree)
 
 
+def keep_unless(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """`new` in the dtypes of `old` if the condition is true, else `old`."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x.astype(y.dtype), y), new, old)
+
+
 def inner_product(a: PyTree, b: PyTree, dtype: jnp.dtype) -> jax.Array:
     """Re <a, b>, accumulated in `dtype`."""
 
