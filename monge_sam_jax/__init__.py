@@ -13,6 +13,10 @@ from monge_sam_jax.composite import scaled as scaled
 from monge_sam_jax.diagnostics import Diagnostics as Diagnostics
 from monge_sam_jax.diagnostics import MeasuredDiagnostics as MeasuredDiagnostics
 from monge_sam_jax.diagnostics import get_diagnostics as get_diagnostics
+from monge_sam_jax.functional import (
+    functional_sam_value_and_grad as functional_sam_value_and_grad,
+)
+from monge_sam_jax.geodesic import geodesic_perturbation as geodesic_perturbation
 from monge_sam_jax.gradients import sharpness_aware_value_and_grad as sharpness_aware_value_and_grad
 from monge_sam_jax.loss_scaling import loss_scaled as loss_scaled
 from monge_sam_jax.loss_scaling import update_dynamic_scale as update_dynamic_scale

@@ -85,6 +85,13 @@ def check_params(params: PyTree) -> None:
             raise TypeError(f"{_at(path)} has dtype {dtype.name}, {FLOATS_ALONE}")
 
 
+def check_real(params: PyTree) -> None:
+    """Raises TypeError unless all params are real floats."""
+    for leaf in jax.tree.leaves(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(f"params must be real floats, got dtype {jnp.result_type(leaf)}")
+
+
 def _check_arrays(params: PyTree) -> None:
     for path, leaf in jax.tree.leaves_with_path(params):
         if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
