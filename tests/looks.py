@@ -1,5 +1,6 @@
 """What holds for every figure, of the commands and of the notebooks."""
 
+import itertools
 import re
 
 from matplotlib.collections import PolyCollection
@@ -58,9 +59,35 @@ def check(figure):
     return found
 
 
-def _check_texts(figure, panels):
+def check_column(figure):
+    """`check`; and in a column of 3.3 inches all can be read, and no name covers another.
+
+    Args:
+      figure: of a command.
+
+    Returns:
+      What `check` does.
+    """
+    found = check(figure)
+    names = [text for text in _names(figure.axes) if text.get_text()]
+    ticks = [
+        text for axes in figure.axes for text in axes.get_xticklabels() + axes.get_yticklabels()
+    ]
+    entries = [text for legend in figure.legends for text in legend.get_texts()]
+    for text in (*names, *ticks, *entries):
+        assert text.get_fontsize() * 3.3 / figure.get_figwidth() > 5.99, text
+    for a, b in itertools.combinations(names, 2):
+        assert not a.get_window_extent().overlaps(b.get_window_extent()), (a, b)
+    return found
+
+
+def _names(panels):
     texts = [axes.title for axes in panels]
-    texts += [axis.label for axes in panels for axis in (axes.xaxis, axes.yaxis)]
+    return texts + [axis.label for axes in panels for axis in (axes.xaxis, axes.yaxis)]
+
+
+def _check_texts(figure, panels):
+    texts = _names(panels)
     texts += [text for legend in figure.legends for text in legend.get_texts()]
     width, height = figure.canvas.get_width_height()
     for text in texts:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from looks import check
+from looks import check_column
 from matplotlib.image import imread
 
 from monge_sam_jax import __main__
@@ -512,16 +512,38 @@ def test_figures_draw_means_and_errors(results):
     curves = np.array([seed["curves"]["train_accuracy"] for seed in run["seeds"]])
     lines = {line.get_label(): line for line in panels[1, 1].lines}
     assert set(lines) == {"SGD", "SAM", "M-SAM", "SGD from scratch"}
-    assert check(figure) == {"SGD", "SAM", "M-SAM"}
+    assert check_column(figure) == {"SGD", "SAM", "M-SAM"}
     np.testing.assert_allclose(lines["M-SAM"].get_ydata(), curves.mean(axis=0))
     figure = plotting_bad_minimum.mechanism_figure(results)
     panels = np.array(figure.axes).reshape(4, 2)
     lengths = np.array([seed["curves"]["perturbation_norm"] for seed in run["seeds"]])
-    assert check(figure) == {"SGD", "SAM", "M-SAM"}
+    assert check_column(figure) == {"SGD", "SAM", "M-SAM"}
     drawn = [{line.get_label() for line in axes.lines} for axes in panels[:, 1]]
     assert drawn == [{"SGD", "SAM", "M-SAM"}, *3 * [{"SAM", "M-SAM"}]]  # SGD does not perturb
     lines = {line.get_label(): line for line in panels[1, 1].lines}
     np.testing.assert_allclose(lines["M-SAM"].get_ydata(), lengths.mean(axis=0) / 2)
+
+
+def test_many_radii_are_drawn_in_rows(results):
+    several = copy.deepcopy(results)
+    radii = several["configuration"]["rho"] = [0.1, 0.5, 2.0, 4.0, 6.0]
+    without = [run for run in several["runs"] if run["rho"] is None]
+    perturbed = [run for run in several["runs"] if run["rho"] == 2.0]
+    several["runs"] = without + [run | {"rho": rho} for rho in radii for run in perturbed]
+    for draw, quantities in (
+        (plotting_bad_minimum.accuracy_figure, 2),
+        (plotting_bad_minimum.mechanism_figure, 4),
+    ):
+        figure = draw(several)
+        assert check_column(figure) == {"SGD", "SAM", "M-SAM"}
+        assert len(figure.axes) == quantities * len(radii)
+        titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+        assert titles == [rf"$\rho$ = {rho:g}" for rho in radii]
+        limits = {axes.get_ylim() for axes in figure.axes}
+        assert len(limits) <= quantities  # those of a quantity are the same
+        below = [axes for axes in figure.axes if axes.get_xlabel()]
+        assert [axes.get_subplotspec().colspan.start for axes in below] == [2, 0, 1]
+        assert all(axes.xaxis.get_tick_params()["labelbottom"] for axes in below)
 
 
 def test_diverged_run_is_drawn_and_told(results):

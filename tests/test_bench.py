@@ -18,7 +18,7 @@ import matplotlib.image
 import numpy as np
 import optax
 import pytest
-from looks import check
+from looks import check_column
 
 from monge_sam_jax.__main__ import main
 from monge_sam_jax.experiments.bench import compile as bench_compile
@@ -1002,7 +1002,7 @@ def test_the_chart_names_the_methods_and_their_kinds(all_methods):
         *("SAM", "M-SAM", "Fisher SAM", "ASAM"),
         *("from quartile to quartile", "medians of the references"),
     ]
-    check(figure)
+    check_column(figure)
     bars = zip(METHODS, figure.axes[0].containers, strict=True)
     colours = {name: bar.lines[0].get_color() for name, bar in bars}
     for name, alike in [

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from looks import check
+from looks import check_column
 from matplotlib.image import imread
 from PIL import Image
 
@@ -504,7 +504,7 @@ def test_classes_have_colours_of_their_own():
 @pytest.mark.parametrize("labels", [None, np.array([f"a class, {i}" for i in range(15)])])
 def test_figure_7_explains_its_marks(labels):
     figure = figure_7(2 * [Panel("some", np.zeros((30, 2)), labels, 0.5, 0.5)])
-    check(figure)
+    check_column(figure)
     words = [text.get_text() for text in figure.legends[0].get_texts()]
     assert words[:2] == ["image", "text"]
     assert words[-1] == ("text" if labels is None else "and 3 classes more")
@@ -585,7 +585,7 @@ def check_outputs(results, folder, grid):
     assert titles == ["before", "SAM", "M-SAM"]
     assert len(results["claims"]) == 7
     assert (folder / "tables.md").read_text() == clip_report.markdown(results)
-    assert check(mechanism_figure(results)) == {"SAM", "M-SAM"}
+    assert check_column(mechanism_figure(results)) == {"SAM", "M-SAM"}
     for picture in ("figure7.png", "mechanism.png"):
         assert imread(folder / picture).ndim == 3
 

@@ -493,6 +493,20 @@ def test_bars_tell_unit_loss_and_time_left(monkeypatch, capsys):
     assert "5 of 10" not in err
 
 
+def test_bars_have_room_on_a_terminal_of_eighty_columns(monkeypatch, capsys):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    with progress.steps("", 145, unit="run") as told:
+        told.begin("seed 4, M-SAM, rate 0.0001, rho 0.03")
+        told.begin_part("", 100, "epoch")
+        told.end_part(0.01234)
+        told.end(loss=0.01234)
+    err = capsys.readouterr().err
+    assert "rho 0.03" in err
+    assert "…" not in err
+
+
 def test_lines_tell_what_is_left_and_other_processes_nothing(capsys):
     tell()
     assert capsys.readouterr().err == "study: epoch 5, 5 of 10 epochs left, about 0 s\n"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from looks import check
+from looks import check_column
 from matplotlib.image import imread
 
 from monge_sam_jax import __main__
@@ -127,7 +127,7 @@ def test_command_writes_curves_tables_and_figure(tmp_path, capsys):
             assert run[at]["mean"] == pytest.approx(column.mean())
             assert run[at]["standard_error"] == pytest.approx(column.std(ddof=1) / np.sqrt(2))
     methods = {"SGD", "SAM", "M-SAM", "one-pass SAM", "one-pass M-SAM"}
-    assert check(quality_figure(results)) == methods
+    assert check_column(quality_figure(results)) == methods
     table = (tmp_path / "quality.md").read_text()
     cell = runs[-1]["at_equal_steps"]
     row = next(line for line in table.splitlines() if line.startswith("| one-pass M-SAM"))

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from looks import check
+from looks import check_column
 from matplotlib.colors import to_rgb
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -287,7 +287,7 @@ def test_the_figure_draws_means_and_bands(outcome):
     assert [text.get_text() for text in figure.legends[0].texts] == [
         *("SGD", "SAM", "M-SAM", "± one standard error")
     ]
-    check(figure)
+    check_column(figure)
 
 
 def test_the_png_shows_the_optimizers_that_ran(outcome, folder):

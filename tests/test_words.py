@@ -142,6 +142,34 @@ def test_enough_is_judged():
     assert len(lines) == 3
 
 
+@pytest.mark.parametrize(
+    ("high", "low", "text", "verdict"),
+    [
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], "none", "not resolved"),
+        ([1.5, 2.5, 3.5], [1.0, 2.0, 3.0], "+0.5", "cannot be told"),  # no spread is no error
+        ([1.5], [1.0], "+0.5", "cannot be told"),
+        ([1.5, np.nan], [1.0, 1.0], "diverged", "cannot be told"),
+        ([1.0, 2.0, 4.5], [1.0, 2.0, 3.0], "+0.5 ± 0.5", "not resolved"),
+        ([1.02, 2.02, 3.03], [1.0, 2.0, 3.0], "+0.023 ± 0.003", "yes"),
+        ([0.98, 1.98, 2.97], [1.0, 2.0, 3.0], "-0.023 ± 0.003", "no"),
+        ([2.0, 2.0, 2 + 1e-9], [1.0, 1.0, 1.0], "+1.0000 ± 3e-10", "yes"),
+    ],
+)
+def test_an_error_is_never_shown_as_zero(high, low, text, verdict):
+    difference = report.Difference.of(high, low)
+    assert (difference.text(), difference.verdict()) == (text, verdict)
+
+
+def test_ratios_of_a_benchmark_have_spreads_if_they_can():
+    summary = {"median": 1.25, "lower": 1.2, "upper": 1.3}
+    assert bench_report._with_spread(summary) == "1.250 ±0.050"
+    assert bench_report._with_spread(summary, is_known=True) == "1"  # to itself
+    assert bench_report._with_spread(dict.fromkeys(summary, 1.25)) == "1.250"  # of one round
+    close = {"median": 1.25, "lower": 1.25, "upper": 1.2504}
+    assert bench_report._with_spread(close) == "1.250 ±2e-04"
+    assert bench_report._with_spread(None) == "-"
+
+
 def same_runs(rho):
     """Results of bad-minimum in which no radius differs from another."""
     final = {"test_accuracy": 50.0, "validation_accuracy": 50.0, "train_accuracy": 100.0}
@@ -158,6 +186,7 @@ def test_runs_that_are_the_same_make_no_claim(rho):
     found = [claim["claim"] for claim in bad_minimum_claims(same_runs(rho))]
     assert not [claim for claim in found if "better minimum" in claim or "larger rho" in claim]
     assert len(found) == 7
+    assert not [claim for claim in bad_minimum_claims(same_runs(rho)) if "±" in claim["measured"]]
     assert clip_report._compare("", [0.1, 0.2, 0.3], [0.1, 0.2, 0.3]) is None
 
 

@@ -129,6 +129,7 @@ class BadMinimum(InFolderOfPreset):
       rho: Radii of the perturbation, each a panel of the figure.
       evaluations: How often a run is evaluated after its start, more often in the beginning.
       seeds: Number of seeds: of the images, the initial params, the random labels and the batches.
+        More of them in the same folder are added to those that are there.
       seed: The first of them; the others follow it.
       data_dir: The folder cifar-10-batches-py of CIFAR-10's Python version, or the one it is in.
       output: Folder for results.json, bad_minimum.md, figure6.png and mechanism.png, which are

@@ -36,11 +36,6 @@ class Cell(NamedTuple):
     def __str__(self) -> str:
         return LABELS[self.method] + ("" if self.rho is None else f", rho = {self.rho:g}")
 
-    @property
-    def file_name(self) -> str:
-        """What its file is called, before the seed."""
-        return self.method + ("" if self.rho is None else f"_{self.rho}")
-
 
 def cells(recipe: Recipe) -> list[Cell]:
     """All of a recipe, the baseline first."""
@@ -146,14 +141,14 @@ class _Comparison:
             )
             return {"variables": variables, "notes": notes}
 
-        told.begin_part("bad minimum", self._recipe.confusion_epochs, "epoch")
-        start = self._store.kept("start", seed, minimum, AFTER_THE_START)
+        told.begin_part("", self._recipe.confusion_epochs, "epoch")
+        start = self._store.kept(("start",), seed, minimum, AFTER_THE_START)
 
         def train(cell: Cell) -> Tree:
             epochs = self._recipe.scratch_epochs if cell.method == SCRATCH else self._recipe.epochs
-            told.begin_part(str(cell), epochs, "epoch")
+            told.begin_part("", epochs, "epoch")
             make = functools.partial(self._curves, cell, seed, splits, start, told.end_part)
-            return self._store.kept(cell.file_name, seed, make, BESIDE_A_RUN)
+            return self._store.kept(cell, seed, make, BESIDE_A_RUN)
 
         return start["notes"], train
 

@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from monge_sam_jax.experiments.bad_minimum.data import CLASSES, Splits
 from monge_sam_jax.experiments.bad_minimum.options import Recipe
+from monge_sam_jax.experiments.common import report
 from monge_sam_jax.experiments.common.confusion import confusion_set, reach_bad_minimum
 from monge_sam_jax.experiments.common.data import Batch, Dataset, shuffled_rows
 from monge_sam_jax.experiments.common.errors import InputError
@@ -208,8 +209,8 @@ def find_bad_minimum(
     if notes["train_accuracy"] < 100:
         raise InputError(
             f"seed {seed}: {notes['train_accuracy']:.1f} % of the training images are fitted after "
-            f"{recipe.fitting_epochs} epochs, and a bad minimum fits all; raise --fitting-epochs "
-            "or --fitting-learning-rate"
+            f"{report.count(recipe.fitting_epochs, 'epoch')}, and a bad minimum fits all; raise "
+            "--fitting-epochs or --fitting-learning-rate"
         )
     notes["fitting_epochs"] = notes.pop("fits")
     notes["test_accuracy"] = trainer.measure(variables, splits.test)[1]

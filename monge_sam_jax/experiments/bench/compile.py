@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +27,7 @@ from monge_sam_jax.experiments.bench.measure import (
 )
 from monge_sam_jax.experiments.bench.models import MODELS, Problem
 from monge_sam_jax.experiments.bench.options import Bench
+from monge_sam_jax.experiments.bench.report import plain_table
 from monge_sam_jax.experiments.bench.steps import METHODS, Carry
 from monge_sam_jax.experiments.bench.targets import mesh_of
 from monge_sam_jax.experiments.common import report
@@ -246,22 +246,6 @@ def counts_table(results: Mapping[str, Any], target: Mapping[str, Any]) -> Table
     collectives = (
         f"Collectives, those of more than {LARGE} numbers apart; what is in a loop counts once. "
     )
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        show_edge=False,
-        title=(
-            f"{results['description']}: {results['parameters']:,} params in {results['leaves']} "
-            f"leaves; compiled for {target['count']} x {target['kind']}"
-            + (f", {results['sharding']}" if several else "")
-        ),
-        caption=(
-            "Kernels (fusions and custom calls) and instructions of the compiled program. "
-            + (collectives if several else "")
-            + "Temporary arrays of a device in units of all params. Time to compile as a ratio to "
-            "plain."
-        ),
-    )
     methods = results["methods"]
     columns = {"kernels": ("kernels", "d"), "instructions": ("HLO", "d")}
     if several:
@@ -269,12 +253,18 @@ def counts_table(results: Mapping[str, Any], target: Mapping[str, Any]) -> Table
         if not any(entry and entry["other_collectives"] for entry in methods.values()):
             del columns["other_collectives"]
     columns["temporaries"] = ("temp", ".2f")
-    table.add_column("method", no_wrap=True)
-    for header, _ in columns.values():
-        table.add_column(header, justify="right", no_wrap=True)
-    if not several:  # eighty characters are full with them
-        table.add_column("compile s", justify="right", no_wrap=True)
-    table.add_column("compile\n/ plain", justify="right", no_wrap=True)
+    seconds = [] if several else ["compile s"]  # eighty characters are full with collectives
+    table = plain_table(
+        f"{results['description']}: {results['parameters']:,} params in {results['leaves']} "
+        f"leaves; compiled for {target['count']} x {target['kind']}"
+        + (f", {results['sharding']}" if several else ""),
+        "Kernels (fusions and custom calls) and instructions of the compiled program. "
+        + (collectives if several else "")
+        + "Temporary arrays of a device in units of all params. Time to compile as a ratio to "
+        "plain.",
+        [*(header for header, _ in columns.values()), *seconds, "compile\n/ plain"],
+    )
+    table.show_edge = False
     for name, entry in methods.items():
         if entry is None:
             table.add_row(name, "no room")

@@ -82,23 +82,17 @@ class Problem(NamedTuple):
     has_convolutions: bool = False
 
 
-def mlp(preset: str, batch_size: int | None = None) -> Problem:
-    """Vectors in classes, by a multilayer perceptron and SGD with momentum."""
-    features, width, layers, usual = SIZES[preset]["mlp"]
-    dtype = SIZES[preset]["dtype"]
-    return _mlp(features, width, layers, batch_size or usual, dtype, learning_rate=0.05)
-
-
-def deep_mlp(preset: str, batch_size: int | None = None) -> Problem:
-    """Vectors in classes, by so many small layers that what is done leaf by leaf shows."""
-    features, width, layers, usual = SIZES[preset]["deep_mlp"]
-    dtype = SIZES[preset]["dtype"]
-    return _mlp(features, width, layers, batch_size or usual, dtype, learning_rate=1e-3)
-
-
-def _mlp(
-    features: int, width: int, layers: int, batch_size: int, dtype: Any, learning_rate: float
+def mlp(
+    preset: str,
+    batch_size: int | None = None,
+    *,
+    sizes: str = "mlp",
+    learning_rate: float = 0.05,
 ) -> Problem:
+    """Vectors in classes, by a multilayer perceptron and SGD with momentum."""
+    features, width, layers, usual = SIZES[preset][sizes]
+    dtype = SIZES[preset]["dtype"]
+    batch_size = batch_size or usual
     model = MLP(width, layers, classes=10, dtype=dtype)
 
     def batch(key: jax.Array) -> Batch:
@@ -170,7 +164,8 @@ def _problem(
 
 MODELS: dict[str, Callable[[str, int | None], Problem]] = {
     "mlp": mlp,
-    "deep_mlp": deep_mlp,
+    # So many small layers that what is done leaf by leaf shows.
+    "deep_mlp": functools.partial(mlp, sizes="deep_mlp", learning_rate=1e-3),
     "resnet": resnet,
     "transformer": transformer,
 }

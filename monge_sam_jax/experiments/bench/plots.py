@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from monge_sam_jax.experiments.bench.options import BY_HAND
 from monge_sam_jax.experiments.common.plots import (
     COLOURS,
     FONT_SIZE,
@@ -19,17 +20,10 @@ from monge_sam_jax.experiments.common.plots import (
     legend_below,
 )
 
-BY_HAND = (
-    "sam_by_hand",
-    "monge_by_hand",
-    "adaptive_by_hand",
-    "fisher_by_hand",
-    "one_pass_by_hand",
-)
 # Who wrote it, by the beginning of a method's name, the first that fits: the mark.
 GROUPS = {
     ("plain", "two_gradients"): ("references", "|"),
-    BY_HAND: ("by hand", "s"),
+    tuple(BY_HAND.values()): ("by hand", "s"),
     ("optax_",): ("optax.contrib.sam", "D"),
     ("",): ("monge_sam_jax", "o"),
 }

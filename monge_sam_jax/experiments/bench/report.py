@@ -19,14 +19,16 @@ def times_table(results: Mapping[str, Any], clock: str) -> Table:
     Returns:
       The table.
     """
-    table = _table(
+    methods = results["methods"].values()
+    several = any(entry["seconds"]["upper"] > entry["seconds"]["lower"] for entry in methods)
+    table = plain_table(
         f"{results['description']}: {results['parameters']:,} params",
         f"{'Processor time' if clock == 'cpu' else 'Time'} of a descent step, and its ratios to "
-        "plain, to two_gradients and to the method by hand: medians, with half the interquartile "
-        "ranges.",
+        "plain, to two_gradients and to the method by hand"
+        + (": medians, with half the interquartile ranges." if several else ", of one round."),
         ("ms", "/ plain", "/ two", "/ by hand"),
     )
-    times = _alike(1000 * entry["seconds"]["median"] for entry in results["methods"].values())
+    times = _alike(1000 * entry["seconds"]["median"] for entry in methods)
     for (name, entry), time in zip(results["methods"].items(), times, strict=True):
         table.add_row(
             name,
@@ -50,7 +52,7 @@ def programs_table(results: Mapping[str, Any]) -> Table:
     methods = results["methods"]
     told = any(entry["peak_bytes"] is not None for entry in methods.values())
     headers = ("compile s", "/ plain", "/ by hand", "kernels", "HLO", "temp.", "state")
-    table = _table(
+    table = plain_table(
         None,
         "Time to compile, and its ratios to plain and to the method by hand. Kernels (fusions and "
         "custom calls) and instructions of the program. Temporary arrays and state of the "
@@ -75,7 +77,8 @@ def programs_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def _table(title: str | None, caption: str, headers: Sequence[str]) -> Table:
+def plain_table(title: str | None, caption: str, headers: Sequence[str]) -> Table:
+    """A table of methods by numbers, which is narrow."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, title=title, caption=caption)
     table.add_column("method", no_wrap=True)
     for header in headers:

@@ -73,7 +73,8 @@ class Clip(InFolderOfPreset):
         for four times the data and steps.
       base: Base optimizer of SAM and M-SAM. The paper does not name its own.
       seeds: Number of seeds: of the generated pairs, the initial params and the order of the
-        batches. By default the preset's.
+        batches. By default the preset's. More of them in the same folder are added to those that
+        are there.
       seed: The first of them; the others follow it.
       steps: Steps of fine-tuning. By default the preset's.
       sgd_rates: Learning rates of SGD, and of SAM and M-SAM if that is their base. By default the

@@ -145,6 +145,7 @@ def _divergence(cells: Sequence[Json]) -> dict[str, str]:
         for name in ("sam", "monge_sam")
     }
     sam, monge = diverged["sam"], diverged["monge_sam"]
+    grid = sum(cell["method"] == "sam" for cell in cells)
     if not sam - monge:
         verdict = "does not hold"
     else:
@@ -153,7 +154,7 @@ def _divergence(cells: Sequence[Json]) -> dict[str, str]:
         "claim": "SAM diverges in cells of the grid where M-SAM does not",
         "evidence": (
             f"SAM alone in {len(sam - monge)}, M-SAM alone in {len(monge - sam)}, both in "
-            f"{len(sam & monge)} of {sum(cell['method'] == 'sam' for cell in cells)} cells"
+            f"{len(sam & monge)} of {report.count(grid, 'cell')}"
         ),
         "verdict": verdict,
     }

@@ -142,10 +142,9 @@ def _begin(
     store, params = _store(options, corpus), _start(options, corpus, seed)
 
     def train(cell: Cell) -> dict[str, list[float]]:
-        told.begin_part("", len(evaluation_steps(options)) - 1, "evaluation")
+        told.begin_part("", len(evaluation_steps(options)) - 1, "part")
         make = functools.partial(record, cell, params, corpus, options, seed, told.end_part)
-        name = "_".join(str(part) for part in cell if part is not None)
-        return {key: curve.tolist() for key, curve in store.kept(name, seed, make).items()}
+        return {name: curve.tolist() for name, curve in store.kept(cell, seed, make).items()}
 
     return None, train
 
@@ -153,7 +152,7 @@ def _begin(
 def _start(options: Clip, corpus: Corpus, seed: int) -> chex.ArrayTree:
     """The pre-trained params."""
     make = functools.partial(pretrain, corpus, options, seed)
-    return _store(options, corpus).kept("start", seed, make)
+    return _store(options, corpus).kept(("start",), seed, make)
 
 
 def _store(options: Clip, corpus: Corpus) -> Store:

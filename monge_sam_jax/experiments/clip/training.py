@@ -42,7 +42,7 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         radius = "" if self.rho is None else f", rho {self.rho:g}"
-        return f"{LABELS[self.method]}, learning rate {self.learning_rate:g}{radius}"
+        return f"{LABELS[self.method]}, rate {self.learning_rate:g}{radius}"
 
     def optimizer(self, base: str) -> optax.GradientTransformationExtraArgs:
         """SGD or Adam, for SAM and M-SAM behind their transformation."""

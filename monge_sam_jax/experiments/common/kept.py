@@ -75,16 +75,21 @@ class Store:
         self._decisive = dict(decisive) | report.environment()
 
     def kept(
-        self, name: str, seed: int, make: Callable[[], Tree], indifferent: Collection[str] = ()
+        self,
+        name: tuple[Any, ...],
+        seed: int,
+        make: Callable[[], Tree],
+        indifferent: Collection[str] = (),
     ) -> Tree:
         """The part, as `kept` gives it.
 
         Args:
-          name: what it is.
+          name: what it is, with None for what it has not.
           seed: of which seed.
           make: computes it.
           indifferent: names in what is decisive that do not decide this part.
         """
         decisive = {key: x for key, x in self._decisive.items() if key not in indifferent}
-        path = self._folder / f"{name}_seed{seed}_{fingerprint(decisive)}.npz"
-        return kept(path, make)
+        parts = [str(part) for part in name if part is not None]
+        file = "_".join([*parts, f"seed{seed}", fingerprint(decisive)])
+        return kept(self._folder / f"{file}.npz", make)

@@ -15,6 +15,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from monge_sam_jax.experiments.common import report
 
@@ -103,12 +104,12 @@ def steps(
     console = Console(stderr=True)
     as_lines = not console.is_terminal
     columns = (
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
+        *Progress.get_default_columns()[:2],  # of which the bar is short where there is no room
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[unit]}"),
         TextColumn("{task.fields[loss]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
     )
     disable = as_lines or silent
     with Progress(*columns, console=console, transient=True, disable=disable) as bars:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -168,7 +169,7 @@ def publish(
     console = Console()
     texts = (content for content in files.values() if isinstance(content, str))
     # So that a narrow cell breaks before an error, not within.
-    for part in (*(Markdown(text.replace("± ", "±")) for text in texts), *shown):
+    for part in (*(Markdown(re.sub(r"± (?=\d)", "±", text)) for text in texts), *shown):
         console.print(part)
     *most, last = (*files, *others)
     written = f"{', '.join(most)} and {last}" if most else last

@@ -86,7 +86,7 @@ def balls_figure(
       point; and beside them the start with the ball of each metric, for M-SAM an ellipse, and the
       perturbations as arrows.
     """
-    figure = blank_figure(4.3)
+    figure = blank_figure(4.0)
     left, right = figure.subplots(1, 2)
     plane(left, (-2.7, -1.8), (0.9, 1.8))
     banana_contours(left)

@@ -60,9 +60,10 @@ class Train:
       output: Folder for results.json, training.png, epochs.csv (all that was logged, by epoch), the
         final params of every run (params/OPTIMIZER_seedN.msgpack, for Flax) and the last two
         checkpoints. Those of an earlier run with the same options are overwritten.
-      overwrite: Write over the results of other options, if the output folder has some.
-      tensorboard: Write all of epochs.csv for TensorBoard too, into the folder tensorboard. Needs
-        the package tensorboardX, or PyTorch.
+      overwrite: Write over the results and delete the checkpoints of other options, if the output
+        folder has some.
+      tensorboard: Write all of epochs.csv for TensorBoard too, after each epoch, into the folder
+        tensorboard. Needs the package tensorboardX, or PyTorch.
       checkpoint_every: Epochs from one checkpoint to the next, 0 for none. By default there is one
         after each epoch, but no more than take a twentieth of the time.
       resume: Go on from the last checkpoint in the output folder. The results are those of a run
