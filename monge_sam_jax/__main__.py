@@ -22,6 +22,7 @@ from monge_sam_jax.experiments.common.errors import (
     installing,
 )
 from monge_sam_jax.experiments.common.options import FINISHED
+from monge_sam_jax.experiments.edges.options import Edges
 from monge_sam_jax.experiments.figures.options import Figures
 from monge_sam_jax.experiments.quality.options import Quality
 from monge_sam_jax.experiments.study.options import Study
@@ -79,6 +80,7 @@ COMMANDS = {
     ),
     "study": Command(Study, "monge_sam_jax.experiments.study.run:run", *_STORE),
     "quality": Command(Quality, "monge_sam_jax.experiments.quality.run:run"),
+    "edges": Command(Edges, "monge_sam_jax.experiments.edges.run:run"),
     "bad-minimum": Command(BadMinimum, "monge_sam_jax.experiments.bad_minimum.run:run", *_STORE),
     "clip": Command(Clip, "monge_sam_jax.experiments.clip.run:run", *_STORE),
 }

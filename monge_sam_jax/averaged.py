@@ -103,7 +103,7 @@ def averaged_monge(
     >>> _, state = metric.ascent(jnp.array([1.0, 0.0]), params, metric.init(params))
     >>> ascent, _ = metric.ascent(jnp.array([1.0, 0.1]), params, state)
     >>> ascent.direction / jnp.linalg.norm(ascent.direction)  # the first entry is not new
-    Array([0.8762157, 0.481918 ], dtype=float32)
+    Array([0.87622, 0.48192], dtype=float32)
     """
     check_at_least("history", history, 1)
     check_nonnegative("alpha", alpha)

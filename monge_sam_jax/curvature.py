@@ -2,13 +2,27 @@ r"""Curvature and sharpness of a loss around params: Hessian products, spectrum,
 
 All take a scalar function of the params alone, and any tree of real params. Cast bfloat16 and
 float16 ones to float32 first: second derivatives lose what those dtypes round away.
+
+What asks for the spectrum of a matrix takes a `SymmetricOperator` in place of a loss: of
+Gauss-Newton or Fisher products, or of means over a data set (`mean_over_data`,
+`mean_over_batches`).
+
+========================  =====================================================================
+products                  `hvp`, `gauss_newton_product`, `fisher_product`
+the whole matrix          `hessian`
+spectrum                  `top_eigenvalues` on the host; under `jax.jit`, and of sharded params,
+                          `lanczos_eigenvalues`, `spectral_density`, `lanczos_quadrature`,
+                          `hessian_trace`
+layer by layer            `layerwise_eigenvalues`, `layerwise_traces`
+how far the loss rises    `sharpness`, `adaptive_worst_case_sharpness`
+the loss on a plane       `loss_slice`, along `filter_normalized_directions`
+========================  =====================================================================
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import chex
 import jax
@@ -19,37 +33,49 @@ from jax.flatten_util import ravel_pytree
 from scipy.sparse.linalg import LinearOperator, eigsh  # type: ignore[import-untyped]
 
 from monge_sam_jax._core.checks import check_at_least
+from monge_sam_jax.landscape import adaptive_worst_case_sharpness as adaptive_worst_case_sharpness
+from monge_sam_jax.landscape import filter_normalized_directions as filter_normalized_directions
+from monge_sam_jax.landscape import loss_slice as loss_slice
+from monge_sam_jax.layerwise import layerwise_eigenvalues as layerwise_eigenvalues
+from monge_sam_jax.layerwise import layerwise_traces as layerwise_traces
 from monge_sam_jax.metrics import Metric, Params
 from monge_sam_jax.perturbation import worst_case_perturbation
+from monge_sam_jax.products import LossFn, SymmetricOperator, check_real, product_with
+from monge_sam_jax.products import fisher_product as fisher_product
+from monge_sam_jax.products import gauss_newton_product as gauss_newton_product
+from monge_sam_jax.products import hvp as hvp
+from monge_sam_jax.products import mean_over_batches as mean_over_batches
+from monge_sam_jax.products import mean_over_data as mean_over_data
+from monge_sam_jax.spectrum import ORDERS
+from monge_sam_jax.spectrum import Quadrature as Quadrature
+from monge_sam_jax.spectrum import hessian_trace as hessian_trace
+from monge_sam_jax.spectrum import lanczos_eigenvalues as lanczos_eigenvalues
+from monge_sam_jax.spectrum import lanczos_quadrature as lanczos_quadrature
+from monge_sam_jax.spectrum import spectral_density as spectral_density
 
-__all__ = ["LossFn", "hessian", "hessian_trace", "hvp", "sharpness", "top_eigenvalues"]
+__all__ = [
+    "LossFn",
+    "Quadrature",
+    "SymmetricOperator",
+    "adaptive_worst_case_sharpness",
+    "filter_normalized_directions",
+    "fisher_product",
+    "gauss_newton_product",
+    "hessian",
+    "hessian_trace",
+    "hvp",
+    "lanczos_eigenvalues",
+    "lanczos_quadrature",
+    "layerwise_eigenvalues",
+    "layerwise_traces",
+    "loss_slice",
+    "mean_over_batches",
+    "mean_over_data",
+    "sharpness",
+    "spectral_density",
+    "top_eigenvalues",
+]
 __dir__ = __all__.copy
-
-LossFn: TypeAlias = Callable[[Params], jax.Array]
-
-
-def hvp(loss_fn: LossFn, params: Params, vector: Params) -> Params:
-    r"""The Hessian of a loss times a vector, forward over reverse; about the cost of two gradients.
-
-    .. math:: H v = \frac{d}{dt} \nabla \ell(\theta + t v) \Big|_{t = 0}
-
-    Args:
-      loss_fn: params -> loss, a scalar.
-      params: theta, a tree of real arrays.
-      vector: v, a tree of the structure, shapes and dtypes of the params.
-
-    Returns:
-      H v, a tree of the same form.
-
-    Raises:
-      TypeError: a param is no real float, or params and vector differ in form.
-
-    >>> import jax.numpy as jnp
-    >>> hvp(lambda p: p[0] ** 2 * p[1], jnp.array([3.0, 2.0]), jnp.array([1.0, 0.0]))
-    Array([4., 6.], dtype=float32)
-    """
-    check_real(params)
-    return jax.jvp(jax.grad(loss_fn), (params,), (vector,))[1]
 
 
 def hessian(loss_fn: LossFn, params: Params) -> jax.Array:
@@ -77,12 +103,8 @@ def hessian(loss_fn: LossFn, params: Params) -> jax.Array:
     return jax.hessian(lambda x: loss_fn(unravel(x)))(theta)
 
 
-# Sort keys, for the words of ARPACK.
-_ORDERS: Any = {"LA": np.negative, "SA": np.positive, "LM": lambda x: -np.abs(x)}
-
-
 def top_eigenvalues(
-    loss_fn: LossFn,
+    loss_fn: LossFn | SymmetricOperator,
     params: Params,
     k: int = 1,
     which: str = "LA",
@@ -100,7 +122,7 @@ def top_eigenvalues(
     smallest, once training has brought it close to the many near zero, may take hundreds.
 
     Args:
-      loss_fn: params -> loss, a scalar.
+      loss_fn: params -> loss, a scalar, whose Hessian is meant; or another symmetric matrix.
       params: theta, a tree of real arrays with n entries in all.
       k: how many eigenvalues; all n of them if k >= n.
       which: "LA" for the largest, "SA" for the smallest, "LM" for those of largest magnitude.
@@ -126,74 +148,28 @@ def top_eigenvalues(
     >>> jnp.round(top_eigenvalues(loss_fn, jnp.zeros(100), k=2, tol=1e-4))
     Array([99., 98.], dtype=float32)
     """
-    if which not in _ORDERS:
-        raise ValueError(f"which must be one of {', '.join(_ORDERS)}, got {which!r}")
+    if which not in ORDERS:
+        raise ValueError(f"which must be one of {', '.join(ORDERS)}, got {which!r}")
     check_real(params)
     theta, unravel = ravel_pytree(params)
     check_arpack(theta, k)
+    product = product_with(loss_fn, params)
+    matvec = lambda v: ravel_pytree(product(unravel(jnp.asarray(v))))[0]  # noqa: E731
     if theta.size <= krylov_dimension(k):
-        values, vectors = np.linalg.eigh(np.asarray_chkfinite(hessian(loss_fn, params)))
-        chosen = np.argsort(_ORDERS[which](values))[:k]
+        if isinstance(loss_fn, SymmetricOperator):
+            matrix = jnp.stack([matvec(v) for v in jnp.eye(theta.size, dtype=theta.dtype)])
+        else:
+            matrix = hessian(loss_fn, params)
+        values, vectors = np.linalg.eigh(np.asarray_chkfinite(matrix))
+        chosen = np.argsort(ORDERS[which](values))[:k]
         values, vectors = values[chosen], vectors[:, chosen]
     else:
-        product = jax.jit(lambda p, v: ravel_pytree(hvp(loss_fn, p, unravel(v)))[0])
-        values, vectors = arpack(
-            eigsh, partial(product, params), theta, k, seed, which=which, tol=tol
-        )
+        values, vectors = arpack(eigsh, matvec, theta, k, seed, which=which, tol=tol)
     order = np.argsort(-values)
     eigenvalues = jnp.asarray(values[order])
     if not return_eigenvectors:
         return eigenvalues
     return eigenvalues, jax.vmap(unravel)(jnp.asarray(vectors.T[order]))
-
-
-def hessian_trace(
-    loss_fn: LossFn,
-    params: Params,
-    key: chex.PRNGKey,
-    num_samples: int = 100,
-    *,
-    batch_size: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    r"""Hutchinson's estimate of the Hessian's trace, and its standard error.
-
-    .. math::
-        \operatorname{tr} H \approx \frac{1}{N} \sum_{s=1}^N v_s^\top H v_s, \quad
-        v_s \in \{-1, 1\}^n, \qquad \text{variance } \frac{2}{N} \sum_{i \ne j} H_{ij}^2
-
-    Args:
-      loss_fn: params -> loss, a scalar.
-      params: theta, a tree of real arrays.
-      key: of the random signs.
-      num_samples: N, at least two; each costs a Hessian product.
-      batch_size: how many of them are computed at once, which bounds the memory; None: all.
-
-    Returns:
-      (estimate, standard error), scalars; the standard error is that of the samples.
-
-    Raises:
-      TypeError: a param is no real float.
-      ValueError: num_samples is less than two.
-
-    References:
-      Hutchinson, A stochastic estimator of the trace of the influence matrix, 1989.
-
-    >>> import jax
-    >>> import jax.numpy as jnp
-    >>> hessian_trace(lambda p: p[0] ** 2 + 3 * p[1] ** 2, jnp.ones(2), jax.random.key(0))
-    (Array(8., dtype=float32), Array(0., dtype=float32))
-    """
-    check_real(params)
-    check_at_least("num_samples", num_samples, 2)
-    params = jax.tree.map(jnp.asarray, params)
-
-    def sample(key: chex.PRNGKey) -> jax.Array:
-        v = optax.tree.random_like(key, params, sampler=jax.random.rademacher)
-        return optax.tree.vdot(v, hvp(loss_fn, params, v))
-
-    keys = jax.random.split(key, num_samples)
-    samples = jax.lax.map(sample, keys, batch_size=batch_size or num_samples)
-    return jnp.mean(samples), jnp.std(samples, ddof=1) / num_samples**0.5
 
 
 def sharpness(
@@ -243,13 +219,6 @@ def sharpness(
         perturbed = optax.tree.add(params, delta)
         rises.append(loss_fn(perturbed) - value)
     return jnp.max(jnp.stack(rises))
-
-
-def check_real(params: Params) -> None:
-    """Raises TypeError unless all params are real floats."""
-    for leaf in jax.tree.leaves(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise TypeError(f"params must be real floats, got dtype {jnp.result_type(leaf)}")
 
 
 def check_arpack(theta: jax.Array, k: int) -> None:

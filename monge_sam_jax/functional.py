@@ -8,16 +8,20 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 
+from monge_sam_jax._core.masks import check_mask
+from monge_sam_jax.descent import Descent
 from monge_sam_jax.diagnostics import no_diagnostics
 from monge_sam_jax.gradients import conjugate
-from monge_sam_jax.metrics import Grads, Metric, Params
+from monge_sam_jax.metrics import Grads, Params
 from monge_sam_jax.perturbation import (
     AxisName,
     Mask,
+    MetricOrFunction,
     check_ball,
-    check_mask,
-    init_metric,
+    check_slots,
+    fresh_states,
     robust_gradient_when,
 )
 
@@ -29,8 +33,10 @@ def functional_sam_value_and_grad(
     model_fn: Callable[..., Any],
     loss_fn: Callable[..., Any],
     *,
-    metric: Metric,
+    metric: MetricOrFunction,
     rho: chex.Numeric,
+    ascent: optax.GradientTransformation | None = None,
+    descent: Descent | None = None,
     has_aux: bool = False,
     mask: Mask = None,
     when: bool | jax.Array = True,
@@ -69,8 +75,10 @@ def functional_sam_value_and_grad(
         outputs, an array or a tree of arrays; or (outputs, aux).
       loss_fn: function of the outputs and the same other arguments that returns a scalar. It does
         not see the params: penalties of these go into the optimizer, as weight decay does.
-      metric: the metric G. It starts from a fresh state at each call.
+      metric: the metric G, without a state.
       rho: radius of the ball in the metric's units, a scalar. A traced value is not checked.
+      ascent: as in `sharpness_aware`, without a state.
+      descent: as in `sharpness_aware`, without a state.
       has_aux: whether `model_fn` returns (outputs, aux).
       mask: as in `sharpness_aware`, over the params.
       when: as in `sharpness_aware_value_and_grad`.
@@ -107,6 +115,7 @@ def functional_sam_value_and_grad(
     (Array(4., dtype=float32), Array([10.828427, 10.828427], dtype=float32))
     """
     check_ball(metric, rho, schedule_allowed=False)
+    check_slots(ascent, descent)
     check_mask(mask)
 
     def functional_value_and_grad(params: Params, *args: Any, **kwargs: Any) -> Any:
@@ -129,7 +138,9 @@ def functional_sam_value_and_grad(
             conjugate(pullback(cotangent)[0]),
             params,
             metric=metric,
-            metric_state=init_metric(metric, mask, params),
+            ascent=ascent,
+            descent=descent,
+            states=fresh_states(metric, ascent, descent, mask, params),
             last=no_diagnostics(measure=measure),
             rho=rho,
             mask=mask,

@@ -11,6 +11,9 @@ eq. 11 divides, gives zero at every radius: this direction is neutral, and never
 Appendix A derives A without a minus sign (the minus stands outside, as in eq. 10), but writes A
 with one at equilibria, and expands it there with the wrong sign of the term in :math:`\tilde\rho`
 for two lines. Its criterion is right nevertheless.
+
+Steps of a finite length are stable up to some sharpness only: `edge_of_stability` and, for
+`one_pass_sam`, `one_pass_edge_of_stability` and `one_pass_orbit`, derived in `edges`.
 """
 
 from __future__ import annotations
@@ -28,10 +31,29 @@ from scipy.sparse.linalg import eigs  # type: ignore[import-untyped]
 
 from monge_sam_jax._core.numerics import scaled_norm, tree_scale
 from monge_sam_jax.curvature import LossFn, arpack, check_arpack, check_real, krylov_dimension
+from monge_sam_jax.edges import (
+    Orbit,
+    edge_of_stability,
+    one_pass_edge_of_stability,
+    one_pass_is_stable,
+    one_pass_orbit,
+    two_pass_is_stable,
+)
 from monge_sam_jax.metrics import Grads, Metric, Params
 from monge_sam_jax.perturbation import worst_case_perturbation
 
-__all__ = ["critical_radius", "is_attractor", "stability_eigenvalues", "stability_matrix"]
+__all__ = [
+    "Orbit",
+    "critical_radius",
+    "edge_of_stability",
+    "is_attractor",
+    "one_pass_edge_of_stability",
+    "one_pass_is_stable",
+    "one_pass_orbit",
+    "stability_eigenvalues",
+    "stability_matrix",
+    "two_pass_is_stable",
+]
 __dir__ = __all__.copy
 
 

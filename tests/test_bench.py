@@ -987,8 +987,8 @@ def test_the_chart_holds_all_that_is_drawn():
 
 def test_the_chart_is_a_picture(all_methods, folder):
     height, width, _ = matplotlib.image.imread(folder / "benchmark.png").shape
-    assert width == 1400
-    assert 800 < height < 1200
+    assert width == 1320  # 4.4 inches
+    assert 1200 < height < 1800
     assert 20_000 < (folder / "benchmark.png").stat().st_size < 500_000
 
 

@@ -35,6 +35,7 @@ SMALL = {
     "figures": (),
     "bench": ("--preset", "tiny"),
     "quality": ("--tasks", "label-noise"),
+    "edges": ("--seeds", "2"),
     "bad-minimum": ("--preset", "smoke"),
     "clip": ("--preset", "smoke"),
 }
@@ -43,6 +44,7 @@ BEGUN = {  # what is there when the work is under way, in the output folder
     "figures": "figure_1.png",
     "bench": "",
     "quality": "",
+    "edges": "",
     "bad-minimum": "finished/start*.npz",
     "clip": "finished/start*.npz",
 }
@@ -178,6 +180,7 @@ OTHER = {  # options that differ from `SMALL`, and what the refusal calls them
     "figures": (("1", "2"), "the numbers of the figures (was 3, is 1 2)"),
     "bench": (("--rounds", "3"), "--rounds (was 9, is 3)"),
     "quality": (("--rho", "0.3"), "--rho (was the default, is 0.3)"),
+    "edges": (("--rho", "0.3"), "--rho (was 0.05 0.1 0.2 0.5 1.0, is 0.3)"),
     "bad-minimum": (("--momentum", "0.5"), "--momentum (was 0.9, is 0.5)"),
     "clip": (("--k", "5"), "--k (was 8, is 5)"),
 }
@@ -284,12 +287,14 @@ def test_every_preset_has_a_folder_of_its_own():
 
 RATES = {
     "train": ("--learning-rate",),
+    "edges": ("--learning-rate",),
     "bad-minimum": ("--learning-rate", "--confusion-learning-rate", "--fitting-learning-rate"),
     "clip": ("--sgd-rates", "--adam-rates"),
 }
 RADII = {
     "train": ("--rho", "--alpha", "--sharpness-rho"),
     "quality": ("--rho",),
+    "edges": ("--rho",),
     "bad-minimum": ("--rho", "--momentum"),
     "clip": ("--rho",),
 }

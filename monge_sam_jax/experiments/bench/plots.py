@@ -53,7 +53,7 @@ def benchmark_figure(results: Mapping[str, Any]) -> Figure:
         columns.setdefault(entry["model"], []).append(entry)
     rows = max(map(len, columns.values()))
     names = list(results["measurements"][0]["methods"])
-    figure = blank_figure(0.5 + rows * (0.4 + 0.19 * len(names)))
+    figure = blank_figure(1.3 + rows * (0.4 + 0.19 * len(names)))
     panels = figure.subplots(rows, len(columns), sharex="col", sharey=True, squeeze=False)
     for column, (model, entries) in enumerate(columns.items()):
         for axes, entry in zip(panels[:, column], entries, strict=True):

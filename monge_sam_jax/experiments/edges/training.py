@@ -1,0 +1,186 @@
+"""How `monge-sam edges` trains, and what it measures on the way."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from scipy.sparse.linalg import eigsh  # type: ignore[import-untyped]
+
+from monge_sam_jax.curvature import arpack, hvp
+from monge_sam_jax.diagnostics import get_diagnostics
+from monge_sam_jax.edges import edge_of_stability, one_pass_edge_of_stability
+from monge_sam_jax.experiments.common.data import Batch, handwritten_digits
+from monge_sam_jax.experiments.common.models import MLP
+from monge_sam_jax.experiments.edges.options import Edges
+from monge_sam_jax.metrics import Metric, euclidean, monge
+from monge_sam_jax.one_pass import one_pass_sam, unperturbed_params
+from monge_sam_jax.transforms import sharpness_aware
+
+CLASSES = 10
+EVALUATIONS = 10
+WINDOW = 50  # steps before an evaluation, over which the median of the effective radius is taken
+
+
+class Method(NamedTuple):
+    """How a method takes its gradients.
+
+    Attributes:
+      label: its name.
+      metric: what it perturbs along, or None.
+      one_pass: whether along the gradient of the step before.
+    """
+
+    label: str
+    metric: Metric | None = None
+    one_pass: bool = False
+
+    def optimizer(self, learning_rate: float, rho: float) -> optax.GradientTransformation:
+        """The whole of it, whose `update` takes a grad_fn."""
+        base = optax.sgd(learning_rate)
+        if self.metric is None:
+            return base
+        if self.one_pass:
+            return one_pass_sam(base, metric=self.metric, rho=rho)
+        return optax.chain(sharpness_aware(metric=self.metric, rho=rho), base)
+
+    def edge(self, learning_rate: float, effective_radius: np.ndarray) -> np.ndarray:
+        """The largest sharpness that is stable, by the theory."""
+        edge = one_pass_edge_of_stability if self.one_pass else edge_of_stability
+        return np.asarray(edge(learning_rate, jnp.asarray(effective_radius)))
+
+
+METHODS = {
+    "sgd": Method("GD"),
+    "sam": Method("SAM", euclidean()),
+    "monge_sam": Method("M-SAM", monge()),
+    "one_pass_sam": Method("one-pass SAM", euclidean(), one_pass=True),
+    "one_pass_monge_sam": Method("one-pass M-SAM", monge(), one_pass=True),
+}
+
+
+class Problem(NamedTuple):
+    """What is learnt from one seed: from which params, from which samples, and judged by which."""
+
+    params: chex.ArrayTree
+    train: Batch
+    test: Batch
+
+
+def problem(seed: int, options: Edges) -> Problem:
+    """Fresh params, and training images drawn at random from the training half of the digits."""
+    digits = handwritten_digits()
+    chosen = np.random.default_rng(seed).permutation(len(digits.train.y))[: options.images]
+    train = Batch(digits.train.x[chosen], digits.train.y[chosen])
+    params = MLP(CLASSES, options.width).init(jax.random.key(seed), train.x)
+    return Problem(params, train, digits.test)
+
+
+def squared_error(params: chex.ArrayTree, batch: Batch) -> jax.Array:
+    """Half the squared distance from the one-hot labels, in the mean over samples."""
+    error = _outputs(params, batch.x) - jax.nn.one_hot(batch.y, CLASSES)
+    return 0.5 * jnp.mean(jnp.sum(error**2, axis=-1))
+
+
+@jax.jit
+def measure(params: chex.ArrayTree, train: Batch, test: Batch) -> dict[str, jax.Array]:
+    """Loss on the training samples, and percentage of the test samples that is right."""
+    right = jnp.argmax(_outputs(params, test.x), axis=-1) == test.y
+    return {"loss": squared_error(params, train), "test_accuracy": 100 * jnp.mean(right)}
+
+
+def _outputs(params: chex.ArrayTree, x: jax.Array) -> jax.Array:
+    width = params["params"]["Dense_0"]["bias"].size
+    return MLP(CLASSES, width).apply(params, x)  # type: ignore[return-value]
+
+
+def largest_eigenvalue(params: chex.ArrayTree, train: Batch) -> float:
+    """That of the Hessian, by `arpack` over products that are compiled once for all calls."""
+    theta, _ = ravel_pytree(params)
+    product = functools.partial(_hessian_product, params, train)
+    return float(arpack(eigsh, product, theta, 1, 0, which="LA", tol=1e-2)[0][0])
+
+
+@jax.jit
+def _hessian_product(params: chex.ArrayTree, train: Batch, v: jax.Array) -> jax.Array:
+    _, unravel = ravel_pytree(params)
+    loss_fn = functools.partial(squared_error, batch=train)
+    return ravel_pytree(hvp(loss_fn, params, unravel(v)))[0]
+
+
+def learn(problem: Problem, name: str, rho: float, options: Edges) -> dict[str, np.ndarray]:
+    """What is measured at the start and after each tenth of the steps.
+
+    Args:
+      problem: what is learnt.
+      name: of a method.
+      rho: its radius.
+      options: the learning rate and the number of steps.
+
+    Returns:
+      Curves of "loss", "test_accuracy" and "sharpness", the largest eigenvalue of the Hessian, all
+      at the unperturbed params; "effective_radius", the median over the last steps before; and
+      "edge", the sharpness predicted from it. NaN from where the loss is no longer finite.
+    """
+    method = METHODS[name]
+    params = problem.params
+    carry = params, method.optimizer(options.learning_rate, rho).init(params)
+    names = ("loss", "test_accuracy", "sharpness", "effective_radius")
+    curves = {key: np.full(EVALUATIONS + 1, np.nan) for key in names}
+    radius = np.nan
+    for i in range(EVALUATIONS + 1):
+        measured: Mapping[str, Any] = measure(params, problem.train, problem.test)
+        if not np.isfinite(measured["loss"]):
+            break
+        curves["sharpness"][i] = largest_eigenvalue(params, problem.train)
+        curves["effective_radius"][i] = radius
+        for key, value in measured.items():
+            curves[key][i] = value
+        if i < EVALUATIONS:
+            carry, radii = _advance(
+                carry,
+                problem.train,
+                options.learning_rate,
+                rho,
+                name=name,
+                steps=options.steps // EVALUATIONS,
+            )
+            params, opt_state = carry
+            if method.one_pass:
+                params = unperturbed_params(opt_state, params)
+            radius = float(np.median(radii[-WINDOW:]))
+    return curves | {"edge": method.edge(options.learning_rate, curves["effective_radius"])}
+
+
+@functools.partial(jax.jit, static_argnames=("name", "steps"))
+def _advance(
+    carry: tuple[chex.ArrayTree, optax.OptState],
+    train: Batch,
+    learning_rate: float,
+    rho: float,
+    *,
+    name: str,
+    steps: int,
+) -> tuple[tuple[chex.ArrayTree, optax.OptState], jax.Array]:
+    """Params and optimizer state after some steps, and the effective radius at each."""
+    method = METHODS[name]
+    optimizer = method.optimizer(learning_rate, rho)
+    grad_fn = jax.grad(functools.partial(squared_error, batch=train))
+    given = {} if method.metric is None or method.one_pass else {"grad_fn": grad_fn}
+
+    def step(
+        carry: tuple[chex.ArrayTree, optax.OptState], _: None
+    ) -> tuple[tuple[chex.ArrayTree, optax.OptState], jax.Array]:
+        params, opt_state = carry
+        updates, opt_state = optimizer.update(grad_fn(params), opt_state, params, **given)
+        radius = jnp.zeros(())
+        if method.metric is not None:
+            radius = get_diagnostics(opt_state).effective_radius
+        return (optax.apply_updates(params, updates), opt_state), radius
+
+    return jax.lax.scan(step, carry, length=steps)
