@@ -37,6 +37,7 @@
 # | Monge SAM | | Jacobsen, Arvanitidis | $\delta = \rho g / (\lVert g \rVert \sqrt{1 + \alpha^2 \lVert g \rVert^2})$ | `ms.monge_sam(grad_fn, rho=0.3, alpha=2.0)` | 2 |
 # | Monge SAM, loss budget | | this package | $\lVert \delta \rVert^{-2} = \rho^{-2} + (\lVert g \rVert / \sigma)^2$, along $g$ | `ms.monge_sam(grad_fn, rho=0.3, loss_budget=0.1)` | 2 |
 # | Monge SAM, averaged | | Jacobsen, Arvanitidis, section 6 | $G = I + \frac{1}{r} \sum_i g_i g_i^\top$ over the last $r$ steps | `ms.sharpness_aware(grad_fn, metric=ms.averaged_monge(history=2), rho=0.3)` | 2 |
+# | Monge SAM over ASAM | | Jacobsen, Arvanitidis, eq. 7 | $G = T^{-2} + \alpha^2 g g^\top$ | `ms.sharpness_aware(grad_fn, metric=ms.monge(ms.adaptive(eta=0.01), alpha=1.0), rho=0.3)` | 2 |
 # | SAM in other coordinates | | Jacobsen, Arvanitidis, section 3.1 | $G = J^\top J$, $J$ the Jacobian of $\phi$ | `ms.sharpness_aware(grad_fn, metric=ms.pullback(lambda p: jax.tree.map(jnp.sinh, p), diagonal=True), rho=0.3)` | 2 |
 # | ASAM | 2021 | Kwon et al. | $\delta = \rho T^2 g / \lVert T g \rVert$, $T = \mathrm{abs}(\theta) + \eta$ | `ms.adaptive_sam(grad_fn, rho=0.3, eta=0.01)` | 2 |
 # | Fisher SAM | 2022 | Kim et al. | $\delta = \rho F^{-1} g / \sqrt{g^\top F^{-1} g}$, $F = 1 + \eta g^2$ | `ms.fisher_sam(grad_fn, rho=0.3, eta=1.0)` | 2 |
@@ -51,6 +52,7 @@
 # | VaSSO | 2023 | Li, Giannakis | $a_t = (1 - \lambda) a_{t-1} + \lambda g_t$ | `ms.sam(grad_fn, rho=0.3, ascent=optax.ema(0.6, debias=False))` | 2 |
 # | Friendly SAM | 2024 | Li et al. | $a_t = g_t - \sigma m_t$, $m_t = \lambda m_{t-1} + (1 - \lambda) g_t$ | `ms.sam(grad_fn, rho=0.3, ascent=ascent.friendly(decay=0.6, weight=0.8))` | 2 |
 # | ZSharp | 2025 | Yun | $a$ is $g$ where $\mathrm{abs}(z) \geq q$, else 0; $z = (g_l - \bar g_l) / s_l$ | `ms.sam(grad_fn, rho=0.3, ascent=ascent.z_score(top=0.4))` | 2 |
+# | SAM along Adam's step | | this package | $a = \hat m / (\sqrt{\hat v} + \epsilon)$, Adam's averages of $g$ | `ms.sam(grad_fn, rho=0.3, ascent=optax.scale_by_adam())` | 2 |
 # | GCSAM | 2025 | Hassan et al. | $a_l = g_l$ less its mean over all axes but the first | `ms.sam(grad_fn, rho=0.3, ascent=optax.centralize())` | 2 |
 # | RWP | 2022 | Li et al. | $\delta = \rho \xi$, $\xi$ normal | `ms.sharpness_aware(grad_fn, metric=resized(lambda n: n), rho=0.1, ascent=noise(key))` | 2 |
 # | m-RWP | 2024 | Li et al. | $\delta = \rho \xi$, $d = \lambda g' + (1 - \lambda) g$ | `ms.sharpness_aware(grad_fn, metric=resized(lambda n: n), rho=0.1, ascent=noise(key), descent=descent.weighted(gamma=1 / 3))` | 2 |

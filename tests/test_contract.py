@@ -165,6 +165,27 @@ def test_derivatives_through_update_agree_with_finite_differences(x64, case, ord
     assert float(jax.grad(function)(0.0)) == pytest.approx(float(numeric), rel=1e-6)
 
 
+@pytest.mark.parametrize("tangent", [1.0, 3.0, 1e3])
+@pytest.mark.parametrize(
+    "metric",
+    [
+        lambda a: ms.monge(alpha=a),
+        ms.adaptive,
+        ms.diagonal_fisher,
+        lambda a: ms.scaled(ms.monge(), a),
+    ],
+    ids=["monge", "adaptive", "fisher", "scaled"],
+)
+def test_forward_derivatives_are_linear_in_the_tangent(metric, tangent):
+    """The bounds by the largest number do not overflow in them."""
+    g, params = jnp.array([1.0, 2.0]), jnp.array([0.5, -0.5])
+    perturbation = lambda a: ms.worst_case_perturbation(metric(a), g, params, 0.1)  # noqa: E731
+    h = 1e-2
+    numeric = (perturbation(1.3 + h) - perturbation(1.3 - h)) / (2 * h)
+    _, found = jax.jvp(perturbation, (1.3,), (tangent,))
+    np.testing.assert_allclose(found, tangent * numeric, rtol=1e-3)
+
+
 def test_second_derivative_at_unit_gradient(x64):
     """Where the Monge lift changes branch: alpha n = 1."""
     outcome = lambda g: jnp.sum(ms.worst_case_perturbation(ms.monge(), g, g, 1.0))  # noqa: E731

@@ -173,6 +173,15 @@ def averaged_monge_sam(grad, p):
         yield p
 
 
+@loop("Monge SAM over ASAM")
+def monge_sam_over_asam(grad, p):
+    for _ in range(STEPS):
+        g = grad(p)
+        h = np.linalg.solve(np.diag(1 / (np.abs(p) + 0.01) ** 2) + np.outer(g, g), g)
+        p = p - RATE * grad(p + RHO * h / np.sqrt(g @ h))
+        yield p
+
+
 @loop("SAM in other coordinates")
 def sam_in_other_coordinates(grad, p):
     for _ in range(STEPS):
@@ -296,6 +305,17 @@ def z_sharp(grad, p):
 
     for _ in range(STEPS):
         a = by_leaf(filtered, grad(p))
+        p = p - RATE * grad(p + RHO * a / norm(a))
+        yield p
+
+
+@loop("SAM along Adam's step")
+def sam_along_adam(grad, p):
+    m, square = np.zeros(10), np.zeros(10)
+    for t in range(1, STEPS + 1):
+        g = grad(p)
+        m, square = 0.9 * m + 0.1 * g, 0.999 * square + 0.001 * g**2
+        a = m / (1 - 0.9**t) / (np.sqrt(square / (1 - 0.999**t)) + 1e-8)
         p = p - RATE * grad(p + RHO * a / norm(a))
         yield p
 

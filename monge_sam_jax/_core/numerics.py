@@ -142,12 +142,16 @@ def euclidean_norm(tree: PyTree, dtype: jnp.dtype) -> jax.Array:
 
 def bounded_quotient(x: jax.Array, y: jax.Array) -> jax.Array:
     """The quotient of x >= 0 by y > 0; one beyond the dtype's range is its largest number."""
-    return jnp.minimum(x, jnp.finfo(x.dtype).max * jnp.minimum(y, 1.0)) / y
+    largest = jnp.finfo(x.dtype).max
+    beyond = x > largest * jnp.minimum(y, 1.0)
+    return jnp.where(beyond, largest, jnp.where(beyond, 0.0, x) / y)
 
 
 def bounded_product(x: jax.Array, y: jax.Array) -> jax.Array:
     """The product of x, y >= 0; one beyond the dtype's range is its largest number."""
-    return jnp.minimum(x, jnp.finfo(x.dtype).max / jnp.maximum(y, 1.0)) * y
+    largest = jnp.finfo(x.dtype).max
+    beyond = x > largest / jnp.maximum(y, 1.0)
+    return jnp.where(beyond, largest, jnp.where(beyond, 0.0, x) * y)
 
 
 class ScaledNorm(NamedTuple):
