@@ -1,23 +1,31 @@
 """The methods that `monge-sam study` compares, a line each."""
 
-import math
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from monge_sam_jax.ascent import friendly
+from monge_sam_jax.averaged import averaged_monge
+from monge_sam_jax.composite import layerwise
 from monge_sam_jax.experiments.common.data import Batch
 from monge_sam_jax.experiments.study.tasks import Kind
-from monge_sam_jax.metrics import Grads, Params, adaptive, euclidean, monge
+from monge_sam_jax.functional import functional_sam_value_and_grad
+from monge_sam_jax.geodesic import geodesic_perturbation
+from monge_sam_jax.metrics import Grads, Metric, Params, adaptive, euclidean, monge
+from monge_sam_jax.norms import spectral, supremum
 from monge_sam_jax.one_pass import one_pass_sam, unperturbed_params
+from monge_sam_jax.perturbation import worst_case_perturbation
 from monge_sam_jax.slots import sharpness_aware
 
 AVERAGE_DECAY = 0.99
 LATE = 0.9  # the part of training that is over when late SAM begins
 LOSS_BUDGET = 1.0  # nats
+GEODESIC_STEPS = 2
 
 
 class Setting(NamedTuple):
@@ -46,10 +54,11 @@ class Setting(NamedTuple):
         """From the radius to zero along a line."""
         return lambda count: self.rho * jnp.maximum(0.0, 1 - count / self.steps)
 
-    @property
-    def length_of_signs(self) -> float:
-        """Euclidean length of a tree of ones."""
-        return math.sqrt(sum(leaf.size for leaf in jax.tree.leaves(self.params)))
+    def length(self, metric: Metric) -> jax.Array:
+        """Euclidean length of a step in the unit ball, for a gradient without zeros."""
+        rng = np.random.default_rng(0)
+        g = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), self.params)
+        return optax.tree.norm(worst_case_perturbation(metric, g, g, 1.0))
 
 
 class Trainer(NamedTuple):
@@ -119,6 +128,26 @@ def _one_pass(options: Callable[[Setting], dict[str, Any]]) -> Callable[[Setting
     return build
 
 
+def _functional(setting: Setting) -> Trainer:
+    kind = setting.kind
+    functional = functional_sam_value_and_grad(
+        lambda params, batch: kind.model(params, batch.x),
+        lambda outputs, batch: kind.output_loss(outputs, batch.y),
+        metric=monge(),
+        rho=setting.rho,
+    )
+    return _plain(setting)._replace(gradient=lambda params, batch: functional(params, batch)[1])
+
+
+def _geodesic(setting: Setting) -> Trainer:
+    def gradient(params: Params, batch: Batch) -> Grads:
+        loss = functools.partial(setting.kind.loss, batch=batch)
+        delta = geodesic_perturbation(loss, params, setting.rho, num_steps=GEODESIC_STEPS)
+        return setting.gradient(jax.tree.map(jnp.add, params, delta), batch)
+
+    return _plain(setting)._replace(gradient=gradient)
+
+
 METHODS = {
     "plain": Method("plain", 1, _plain, has_radius=False),
     "average": Method("averaged weights", 1, _averaged, has_radius=False),
@@ -146,5 +175,25 @@ METHODS = {
     ),
     "annealed_one_pass_monge": Method(
         "one-pass M-SAM, annealed", 1, _one_pass(lambda s: {"metric": monge(), "rho": s.annealed})
+    ),
+    "averaged_monge": Method(
+        "averaged M-SAM", 2, _two_passes(lambda s: {"metric": averaged_monge(history=4)})
+    ),
+    "geodesic": Method("geodesic M-SAM", 4, _geodesic),
+    "functional": Method("functional M-SAM", 2, _functional),
+    "layerwise": Method(
+        "layerwise SAM",
+        2,
+        _two_passes(lambda s: {"metric": layerwise(), "rho": s.rho / s.length(layerwise())}),
+    ),
+    "supremum": Method(
+        "SAM, largest entry",
+        2,
+        _two_passes(lambda s: {"metric": supremum(), "rho": s.rho / s.length(supremum())}),
+    ),
+    "spectral": Method(
+        "SAM, singular values",
+        2,
+        _two_passes(lambda s: {"metric": spectral(), "rho": s.rho / s.length(spectral())}),
     ),
 }

@@ -32,6 +32,12 @@ MethodName = Literal[
     "one_pass_monge",
     "annealed_one_pass_sam",
     "annealed_one_pass_monge",
+    "averaged_monge",
+    "geodesic",
+    "functional",
+    "layerwise",
+    "supremum",
+    "spectral",
 ]
 
 

@@ -25,6 +25,12 @@ STYLES = {
     "annealed_one_pass_monge": (COLOURS["monge_sam"], ":"),
     "adaptive_sam": (COLOURS["adaptive_sam"], "-"),
     "friendly": (COLOURS["fisher_sam"], "-"),
+    "averaged_monge": (COLOURS["monge_sam"], (0, (5, 1))),
+    "geodesic": (COLOURS["monge_sam"], (0, (1, 3))),
+    "functional": (COLOURS["fisher_sam"], "--"),
+    "layerwise": (COLOURS["adaptive_sam"], "--"),
+    "supremum": (COLOURS["adaptive_sam"], ":"),
+    "spectral": (COLOURS["adaptive_sam"], "-."),
 }
 RATIOS = np.geomspace(1, 4, 100)
 
@@ -74,7 +80,7 @@ def profiles_figure(results: Mapping[str, Any]) -> Figure:
     errors: dict[str, list[np.ndarray]] = {}
     for task, entry in results["tasks"].items():
         for row in entry["rows"]:
-            if row["gradients"] == 2:
+            if row["gradients"] >= 2:
                 scores = _ends(_cell_of(entry, row), "test")
                 errors.setdefault(row["method"], []).append(TASKS[task].kind.error(scores))
     stacked = {name: np.concatenate(parts) for name, parts in errors.items()}
@@ -98,7 +104,7 @@ def profiles_figure(results: Mapping[str, Any]) -> Figure:
 
 def _draw(axes: Any, cells: list[Mapping[str, Any]]) -> None:
     """A method at two gradients a step, or as many."""
-    drawn = [c for c in cells if c["gradients"] == 2 and c["factor"] == 1]
+    drawn = [c for c in cells if c["gradients"] >= 2 and c["factor"] == 1]
     if not drawn:
         return
     colour, style = STYLES[drawn[0]["method"]]

@@ -10,7 +10,8 @@ Protocol, written before the runs. Every method starts from the same params and 
 batches in the same order; {seeds}. The radius (and the factor of the learning rate, if there are
 several) is the one with the best mean score on validation samples; reported is the score on test
 samples at the end of training. Methods of one gradient a step are trained for as many steps as
-those of two, and for twice as many, where all have taken as many gradients as those of two.
+those of two (1 in the column of gradients), and for twice as many (2): there all have taken as many
+gradients, but for those of more than two a step.
 Differences are paired by seed, with bootstrap intervals of 95 %; a verdict needs a sign-flip test
 below 5 % after Holm's correction for all methods of a task at the same number of gradients. Time
 is that of the steps in this run, over that of plain training of the same number of steps.
@@ -47,7 +48,7 @@ def _table(entry: Mapping[str, Any], *, verdicts: bool) -> list[str]:
     for row in entry["rows"]:
         cells = [
             row["label"],
-            "as two a step" if row["gradients"] == 2 else "as one a step",
+            str(row["gradients"]),
             "" if row["rho"] is None else f"{row['rho']:g}",
             report.estimate(row["test"], 2),
             report.estimate(row["at_default"], 2) if row["at_default"] else "",

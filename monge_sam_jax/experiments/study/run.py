@@ -62,7 +62,7 @@ def grid(options: Study, task: str) -> list[Cell]:
     for name in options.methods:
         method = METHODS[name]
         radii = options.radii(TASKS[task].radii) if method.has_radius else (None,)
-        for doubled in (False, True)[: 3 - method.gradients]:
+        for doubled in (False, True) if method.gradients == 1 else (False,):
             cells += [
                 Cell(task, name, rho, doubled, rate) for rho in radii for rate in options.size.rates
             ]
@@ -85,19 +85,20 @@ def _begin(
         return start.notes | {"test": score}
 
     def train(cell: Cell) -> Any:
-        name = f"{cell.method}_{cell.rho}_{cell.factor}" + "_doubled" * cell.doubled
+        name = cell._replace(doubled="doubled" if cell.doubled else None)
         make = lambda: training.learn(problem(), cell, size.epochs, seed)  # noqa: E731
-        return store.kept(f"{task}_{name}", seed, make)
+        return store.kept(name, seed, make)
 
-    return {k: float(x) for k, x in store.kept(f"{task}_start", seed, notes).items()}, train
+    return {k: float(x) for k, x in store.kept((task, "start"), seed, notes).items()}, train
 
 
 def summarise(task: str, starts: Sequence[Mapping[str, float]], curves: Curves) -> dict[str, Any]:
     """What results.json has of a task: all curves, and a row of the table for each method."""
+    # Those of more than two gradients a step are compared at equal steps.
     rows = [
         row
         for gradients in (1, 2)
-        for row in _rows({c: x for c, x in curves.items() if c.gradients == gradients})
+        for row in _rows({c: x for c, x in curves.items() if min(c.gradients, 2) == gradients})
     ]
     return {
         "unit": TASKS[task].kind.unit,
