@@ -5,6 +5,9 @@ The builders `monge_sam`, `sam`, `adaptive_sam` and `fisher_sam` go first in an 
 """
 
 import monge_sam_jax._core.interruption  # noqa: F401 - first: Ctrl-C while the rest is loaded
+from monge_sam_jax import ascent as ascent
+from monge_sam_jax import descent as descent
+from monge_sam_jax import when as when
 from monge_sam_jax.averaged import averaged_monge as averaged_monge
 from monge_sam_jax.averaged import averaged_monge_over as averaged_monge_over
 from monge_sam_jax.composite import grouped as grouped

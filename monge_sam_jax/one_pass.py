@@ -151,7 +151,7 @@ def one_pass_sam(
       direction: "gradient", or "momentum": what the base optimizer's state holds as `trace`
         (`optax.sgd`) or `mu` (`optax.adam`, `optax.lion`, `optax.contrib.muon` and others). The
         metric takes the momentum for the gradient: a trace with decay b is up to 1 / (1 - b) times
-        as long, and `alpha` can make up for that.
+        as long, and `alpha` can make up for that. With ascent=optax.scale(-1.0) it is Momentum-SAM.
       ascent: as in `sharpness_aware`, of the gradient or the momentum, at every update.
       mask: which leaves are perturbed, as in `sharpness_aware`; nothing is kept of the others.
       when: a function of the number of the update, 1, 2, ..., that returns a bool: where it is not
