@@ -85,7 +85,7 @@ def _begin(
         return start.notes | {"test": score}
 
     def train(cell: Cell) -> Any:
-        name = cell._replace(doubled="doubled" if cell.doubled else None)
+        name = (*cell[:3], cell.factor, "twice" if cell.doubled else None)
         make = lambda: training.learn(problem(), cell, size.epochs, seed)  # noqa: E731
         return store.kept(name, seed, make)
 
