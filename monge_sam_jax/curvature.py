@@ -33,11 +33,11 @@ from jax.flatten_util import ravel_pytree
 from scipy.sparse.linalg import LinearOperator, eigsh  # type: ignore[import-untyped]
 
 from monge_sam_jax._core.checks import check_at_least
+from monge_sam_jax.blocks import layerwise_eigenvalues as layerwise_eigenvalues
+from monge_sam_jax.blocks import layerwise_traces as layerwise_traces
 from monge_sam_jax.landscape import adaptive_worst_case_sharpness as adaptive_worst_case_sharpness
 from monge_sam_jax.landscape import filter_normalized_directions as filter_normalized_directions
 from monge_sam_jax.landscape import loss_slice as loss_slice
-from monge_sam_jax.layerwise import layerwise_eigenvalues as layerwise_eigenvalues
-from monge_sam_jax.layerwise import layerwise_traces as layerwise_traces
 from monge_sam_jax.metrics import Metric, Params
 from monge_sam_jax.perturbation import worst_case_perturbation
 from monge_sam_jax.products import LossFn, SymmetricOperator, check_real, product_with

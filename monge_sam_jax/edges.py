@@ -4,8 +4,9 @@ Near an equilibrium, along an eigenvector of the Hessian with eigenvalue :math:`
 gradient is :math:`\lambda \theta`. With the effective radius r in :math:`\delta = r g` frozen, all
 methods are linear recursions, each stable where the roots z of a polynomial lie inside the unit
 circle. With learning rate :math:`\eta`, momentum :math:`\beta` as in `optax.sgd` (not Nesterov's;
-the moving average of gradients, :math:`(1 - \beta)` times as long, has :math:`\eta (1 - \beta)` in
-place of :math:`\eta`), and for short :math:`h = \eta \lambda, \; s = r \lambda`, they are
+where the momentum is a moving average, :math:`1 - \beta` times as long, :math:`\eta` is to be
+multiplied by that, and so is r along the momentum), and for short
+:math:`h = \eta \lambda, \; s = r \lambda`, they are
 
 ==============================  ============================================================
 two passes                      :math:`(z - 1) (z - \beta) + h (1 + s) z`
@@ -33,6 +34,9 @@ first order. Along it SAM's delta keeps its length, and M-SAM's may even become 
 radius that rises and falls may do what none that is constant does: on quadratic saddles where the
 other coordinates keep moving around without a circle, the one of negative curvature was seen to
 decay (M-SAM with :math:`\alpha \rho \lambda = 40`, SAM with :math:`\eta \lambda = 0.8`).
+
+In training on whole data sets sharpness tends to settle near the edge, in one pass as in two:
+`monge-sam edges` measures it.
 """
 
 from __future__ import annotations
@@ -298,7 +302,8 @@ def one_pass_orbit(
     :math:`\rho \lambda / (1 - \beta)` that of :math:`\rho \lambda`.
 
     This is exact if the largest eigenvalue belongs to two or more eigenvectors; deviations along
-    the others decay. Without momentum the circle attracts if :math:`\eta \lambda <
+    the others decay. (A network that has collapsed, so that the biases of its outputs alone are
+    left, moves on such a circle.) Without momentum the circle attracts if :math:`\eta \lambda <
     4 / (3 + 2 \alpha^2 \|g\|^2)`; beyond, other orbits were seen, up to three times as far in the
     root mean square. If the second eigenvalue is smaller, orbits are no circles. With
     :math:`\rho \lambda = 1` and :math:`\eta \lambda` from 0.01 to 0.5, the root mean square of the

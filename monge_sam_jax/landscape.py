@@ -225,8 +225,8 @@ def filter_normalized_directions(
         if p.ndim < 2:
             return jnp.copysign(p, d) if vectors else jnp.zeros_like(p)
         axes = tuple(axis for axis in range(p.ndim) if axis != output_axis % p.ndim)
-        norm = partial(jnp.linalg.norm, axis=axes, keepdims=True)
-        return d * (norm(p) / norm(d))
+        square = partial(jnp.sum, axis=axes, keepdims=True)
+        return d * jnp.sqrt(square(p**2) / square(d**2))
 
     return tuple(
         jax.tree.map(normalize, optax.tree.random_like(key, params), params)

@@ -66,8 +66,8 @@ def supremum() -> Metric:
 
     References:
       Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, 2020,
-      section 2, for balls of p-norms; Andriushchenko and Flammarion, Towards Understanding
-      Sharpness-Aware Minimization, 2022, and Kwon et al., ASAM, 2021, for that of p = infinity.
+      section 2, for balls of p-norms; Kwon et al., ASAM, 2021, and Andriushchenko et al., A Modern
+      Look at the Relationship between Sharpness and Generalization, 2023, for p = infinity.
 
     >>> import jax.numpy as jnp
     >>> from monge_sam_jax import supremum, worst_case_perturbation

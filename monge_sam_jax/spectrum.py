@@ -16,6 +16,7 @@ import optax
 
 from monge_sam_jax._core.checks import check_at_least
 from monge_sam_jax._core.lanczos import matrix, tridiagonalize
+from monge_sam_jax._core.numerics import inner_product, working_dtype
 from monge_sam_jax.metrics import Params
 from monge_sam_jax.products import LossFn, SymmetricOperator, product_with
 
@@ -82,7 +83,7 @@ def hessian_trace(
 
     def sample(key: chex.PRNGKey) -> jax.Array:
         v = optax.tree.random_like(key, params, sampler=jax.random.rademacher)
-        return optax.tree.vdot(v, product(v))
+        return inner_product(v, product(v), working_dtype(params))
 
     keys = jax.random.split(key, num_samples)
     samples = jax.lax.map(sample, keys, batch_size=batch_size or num_samples)
@@ -186,8 +187,8 @@ def spectral_density(
       num_samples: as there.
       num_steps: as there.
       width: sigma, in units of eigenvalues; None: a hundredth of the largest one in magnitude. It
-        is no narrower than the spacing of a grid that is chosen here, so that no peak falls between
-        two points.
+        is no narrower than the spacing of a grid that is chosen here, nor than its dtype resolves,
+        so that no peak falls between two points.
       num_points: points of the grid, 64 or more.
       grid: points at which to give the density, to compare several; None: evenly spaced ones from
         six widths below the smallest Ritz value to six above the largest. num_points is not used
@@ -223,13 +224,14 @@ def spectral_density(
         num_steps=num_steps,
         reorthogonalize=reorthogonalize,
     )
+    largest = jnp.max(jnp.abs(nodes))
     if width is None:
-        largest = jnp.max(jnp.abs(nodes))
         width = 0.01 * jnp.where(largest == 0, 1.0, largest)
     width = jnp.asarray(width, nodes.dtype)
     if grid is None:
         low, high, margin = jnp.min(nodes), jnp.max(nodes), 6
         width = jnp.maximum(width, (high - low) / (num_points - 1 - 2 * margin))
+        width = jnp.maximum(width, num_points * jnp.finfo(nodes.dtype).eps * largest)
         grid = jnp.linspace(low - margin * width, high + margin * width, num_points)
     grid = jnp.asarray(grid, nodes.dtype)
     bells = jax.scipy.stats.norm.pdf(grid[:, None], nodes.reshape(1, -1), width)

@@ -78,23 +78,19 @@ def test_the_last_gradients(base, history, size):
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("size", [1e-37, 1e-20, 1e-3, 1.0, 1e3, 1e20, 1e37])
+@pytest.mark.parametrize("size", [1e-37, 1e-3, 1e3, 1e30])
 def test_the_first_step_is_that_of_monge(base, size):
     params = example_params()
     (g,) = gradients_of(1, 1, size)
     metric = ms.averaged_monge(5, ALPHA, BASES[base][0])
     actual, state = jitted(5, base)(g, params, metric.init(params))
-    expected, _ = ms.monge(BASES[base][0], ALPHA).ascent(g, params, ())
-    if size < 1e37:  # else the result is subnormal
+    expected, _ = jax.jit(ms.monge(BASES[base][0], ALPHA).ascent)(g, params, ())
+    again, _ = jitted(5, base)(g, params, state)  # and so are all of the same gradient
+    for found, rtol in ((actual, 2e-6), (again, 2e-5)):
         np.testing.assert_allclose(
-            flat(actual.direction), flat(expected.direction), rtol=2e-6, atol=1e-37
+            flat(found.direction), flat(expected.direction), rtol=rtol, atol=1e-37
         )
     np.testing.assert_allclose(actual.dual_norm, expected.dual_norm, rtol=2e-6)
-    again, _ = jitted(5, base)(g, params, state)  # and so are all of the same gradient
-    if 1e-20 < size < 1e37:
-        np.testing.assert_allclose(
-            flat(again.direction), flat(expected.direction), rtol=2e-5, atol=1e-37
-        )
     np.testing.assert_allclose(again.dual_norm, expected.dual_norm, rtol=2e-6)
 
 
@@ -107,13 +103,18 @@ def test_a_history_of_one_is_monge(alpha):
     np.testing.assert_allclose(flat(actual), flat(expected), rtol=1e-6)
 
 
+@jax.jit
+def perturb_over(given, alpha, g):
+    metric = ms.averaged_monge_over(given, alpha)
+    return ms.worst_case_perturbation(metric, g, jnp.zeros_like(g), RHO)
+
+
 @given(seed=st.integers(0, 2**20), alpha=st.sampled_from([0.0, 0.5, 4.0]))
 def test_no_point_of_the_ball_rises_more_to_first_order(seed, alpha):
     rng = np.random.default_rng(seed)
     given, g = rng.normal(size=(3, 6)), rng.normal(size=6)
     G = np.eye(6) + alpha**2 / 3 * given.T @ given
-    metric = ms.averaged_monge_over(jnp.asarray(given, jnp.float32), alpha)
-    delta = ms.worst_case_perturbation(metric, jnp.asarray(g, jnp.float32), jnp.zeros(6), RHO)
+    delta = perturb_over(jnp.asarray(given, jnp.float32), alpha, jnp.asarray(g, jnp.float32))
     delta = np.asarray(delta, float)
     others = rng.normal(size=(300, 6))
     others[:200] = delta + 0.1 * others[:200]
@@ -355,7 +356,9 @@ def test_complex_gradients_are_their_real_and_imaginary_parts():
     split = lambda x: np.concatenate([x.real, x.imag], axis=-1)  # noqa: E731
     metric = ms.averaged_monge_over(jnp.asarray(given, jnp.complex64), ALPHA)
     g = given.mean(axis=0)
-    ascent, _ = metric.ascent(jnp.asarray(g, jnp.complex64), jnp.zeros(4, jnp.complex64), ())
+    ascent, _ = jax.jit(metric.ascent)(
+        jnp.asarray(g, jnp.complex64), jnp.zeros(4, jnp.complex64), ()
+    )
     direction, dual_norm = dense(np.eye(8), list(split(given)), split(g))
     np.testing.assert_allclose(split(np.asarray(ascent.direction)), direction, rtol=1e-4)
     assert float(ascent.dual_norm) == pytest.approx(dual_norm, rel=1e-5)

@@ -1,5 +1,6 @@
 """`monge-sam edges`: training and what is measured on the way, by hand, and the files."""
 
+import dataclasses
 import functools
 import json
 
@@ -16,6 +17,7 @@ from monge_sam_jax.curvature import hessian
 from monge_sam_jax.experiments.edges import training
 from monge_sam_jax.experiments.edges.options import Edges
 from monge_sam_jax.experiments.edges.plots import edges_figure
+from monge_sam_jax.stability import one_pass_orbit
 
 OPTIONS = Edges(images=60, width=6, steps=30)
 
@@ -25,10 +27,11 @@ def problem():
     return training.problem(3, OPTIONS)
 
 
-def by_hand(problem, name, rho, steps, rate):
+def by_hand(problem, name, rho, steps, options):
     """Unperturbed params after some steps, and |delta| / |g| of the perturbation of the last."""
     grad = jax.jit(jax.grad(lambda p: training.squared_error(p, problem.train)))
     monge = name.endswith("monge_sam")
+    trace = jax.tree.map(jnp.zeros_like, problem.params)
     theta, delta, radius = problem.params, jax.tree.map(jnp.zeros_like, problem.params), 0.0
 
     def perturbation(g):
@@ -40,32 +43,41 @@ def by_hand(problem, name, rho, steps, rate):
         if name in ("sam", "monge_sam"):
             delta, radius = perturbation(grad(theta))
         g = grad(jax.tree.map(jnp.add, theta, delta))
-        theta = jax.tree.map(lambda p, x: p - rate * x, theta, g)
+        trace = jax.tree.map(lambda m, x: options.momentum * m + x, trace, g)
+        theta = jax.tree.map(lambda p, m: p - options.learning_rate * m, theta, trace)
         if name.startswith("one_pass"):
-            delta, radius = perturbation(g)
+            delta, radius = perturbation(trace if options.direction == "momentum" else g)
     return theta, float(radius)
 
 
+@pytest.mark.parametrize(
+    ("momentum", "direction"), [(0.0, "gradient"), (0.5, "gradient"), (0.5, "momentum")]
+)
 @pytest.mark.parametrize("name", training.METHODS)
-def test_curves_are_those_of_a_loop(problem, name, monkeypatch):
+def test_curves_are_those_of_a_loop(problem, name, momentum, direction, monkeypatch):
     monkeypatch.setattr(training, "WINDOW", 1)
-    curves = training.learn(problem, name, 0.1, OPTIONS)
-    rate = OPTIONS.learning_rate
-    for i, steps in enumerate(range(0, 31, 3)):
-        if i in (0, 1, 10):
-            theta, radius = by_hand(problem, name, 0.1, steps, rate)
-            expected = training.squared_error(theta, problem.train)
-            np.testing.assert_allclose(curves["loss"][i], expected, rtol=1e-4)
-            if i:
-                np.testing.assert_allclose(curves["effective_radius"][i], radius, rtol=1e-3)
-    r, edge = curves["effective_radius"][1:], curves["edge"][1:]
+    options = dataclasses.replace(OPTIONS, momentum=momentum, direction=direction)
+    curves = training.learn(problem, name, 0.1, options)
+    for i, steps in [(0, 0), (1, 3), (10, 30)]:
+        theta, radius = by_hand(problem, name, 0.1, steps, options)
+        expected = training.squared_error(theta, problem.train)
+        np.testing.assert_allclose(curves["loss"][i], expected, rtol=1e-4)
+        if i:
+            np.testing.assert_allclose(curves["effective_radius"][i], radius, rtol=1e-3)
+    r, edge, rate = curves["effective_radius"][1:], curves["edge"][1:], options.learning_rate
     if name == "sgd":
-        np.testing.assert_allclose(edge, 2 / rate, rtol=1e-6)
+        np.testing.assert_allclose(edge, 2 * (1 + momentum) / rate, rtol=1e-6)
     elif name in ("sam", "monge_sam"):
-        np.testing.assert_allclose(edge, (np.sqrt(1 + 8 * r / rate) - 1) / (2 * r), rtol=1e-5)
+        step = rate * edge * (1 + r * edge)
+        np.testing.assert_allclose(step, 2 * (1 + momentum), rtol=1e-5)
     else:
-        flip = np.where(rate > 2 * r, 2 / np.where(rate > 2 * r, rate - 2 * r, 1), np.inf)
-        np.testing.assert_allclose(edge, np.minimum(1 / r, flip), rtol=1e-5)
+        for radius, at_edge in zip(r, edge, strict=True):
+            h, s, b = rate * at_edge, radius * at_edge, momentum
+            if direction == "gradient":
+                roots = np.roots(np.polyadd(np.poly([1, b, s]), [h, 0, 0]))
+            else:
+                roots = np.roots(np.polyadd(np.poly([1, b + s]), [h, 0]))
+            np.testing.assert_allclose(np.max(np.abs(roots)), 1, rtol=1e-5)
 
 
 def test_sharpness_is_the_largest_eigenvalue(problem):
@@ -88,6 +100,21 @@ def test_sharpness_settles_at_the_edge(name):
     assert curves["loss"][-1] < 0.1 * curves["loss"][0]
     expected = 2 / options.learning_rate
     assert (curves["edge"][-1] < 0.5 * expected) == (name != "sgd")
+
+
+@pytest.mark.parametrize(("name", "alpha"), [("one_pass_sam", 0.0), ("one_pass_monge_sam", 1.0)])
+def test_a_network_that_collapsed_moves_on_the_circle(name, alpha):
+    """Its output is constant, and the Hessian is the identity on the biases of the outputs."""
+    options = Edges(images=100, width=8, steps=1000)
+    problem = training.problem(0, options)
+    curves = training.learn(problem, name, 3.0, options)
+    np.testing.assert_allclose(curves["sharpness"][-3:], 1, rtol=1e-3)
+    np.testing.assert_allclose(curves["edge"][-3:], 1, rtol=1e-3)
+    orbit = one_pass_orbit(1.0, learning_rate=options.learning_rate, rho=3.0, alpha=alpha)
+    shares = np.bincount(problem.train.y, minlength=10) / len(problem.train.y)
+    constant = 0.5 * (1 - np.sum(shares**2))  # the loss of the best constant
+    expected = constant + 0.5 * float(orbit.unperturbed_radius) ** 2
+    np.testing.assert_allclose(curves["loss"][-3:], expected, rtol=1e-3)
 
 
 def test_what_diverges_is_nan_from_there(problem):
@@ -123,6 +150,8 @@ def test_command_writes_curves_tables_and_figure(tmp_path, capsys):
     [
         (["--rho"], "--rho needs at least one"),
         (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--momentum", "1"], "--momentum must be less than 1, got 1.0"),
+        (["--direction", "momentum"], "--direction momentum needs a --momentum"),
         (["--steps", "9"], "--steps must be at least 10"),
         (["--images", "899"], "--images must be at most 898"),
         (["--seed", "-1"], "--seed must be from 0"),

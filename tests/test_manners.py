@@ -294,7 +294,7 @@ RATES = {
 RADII = {
     "train": ("--rho", "--alpha", "--sharpness-rho"),
     "quality": ("--rho",),
-    "edges": ("--rho",),
+    "edges": ("--rho", "--momentum"),
     "bad-minimum": ("--rho", "--momentum"),
     "clip": ("--rho",),
 }

@@ -77,8 +77,8 @@ def test_oldest_allowed_versions(tmp_path):
     subprocess.run([*install, *oldest, *jaxlib, *cli, "pytest", "hypothesis"], check=True)
     subprocess.run([*install, "--no-deps", ROOT], check=True)
     core = (
-        "suite metrics composite contract promises wrappers when transforms gradients one_pass nnx "
-        "parallel cost train"
+        "suite metrics composite norms averaged preconditioning contract promises wrappers when "
+        "transforms gradients one_pass nnx parallel cost train"
     )
     files = [ROOT / "tests" / f"test_{name}.py" for name in core.split()]
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]

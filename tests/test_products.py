@@ -107,7 +107,7 @@ def test_fisher_product_is_that_of_the_dense_matrix(shape):
     params, x, y = classifier()
     of_samples = lambda p: losses(logits(p, x), y)  # noqa: E731
     losses_fn = (lambda p: jnp.mean(of_samples(p))) if shape == () else of_samples
-    g = jacobian(losses_fn, params).reshape(-1, 31)
+    g = jacobian(losses_fn, params).reshape(-1, 32)
     F = np.mean(g[:, :, None] * g[:, None, :], axis=0)
     product = partial(fisher_product, lambda p: losses_fn(p).reshape(shape), params)
     np.testing.assert_allclose(matrix_of(product, params), F, atol=1e-13)
@@ -138,7 +138,7 @@ def test_all_that_takes_a_loss_takes_an_operator():
     estimate, error = hessian_trace(operator, params, KEY, 200)
     assert abs(estimate - np.trace(G)) < 4 * error
     nodes, weights = lanczos_quadrature(operator, params, KEY, num_samples=20)
-    np.testing.assert_allclose(31 * np.sum(nodes * weights), np.trace(G), rtol=0.2)
+    np.testing.assert_allclose(32 * np.sum(nodes * weights), np.trace(G), rtol=0.2)
     with pytest.raises(ValueError, match="must not contain infs or NaNs"):
         top_eigenvalues(SymmetricOperator(lambda v: v * jnp.nan), jnp.ones(5))
 

@@ -186,7 +186,7 @@ def test_what_the_package_offers_its_modules_offer():
     offered = [
         (node.module, alias.name)
         for node in tree.body
-        if isinstance(node, ast.ImportFrom)
+        if isinstance(node, ast.ImportFrom) and node.module != "monge_sam_jax"  # whole modules
         for alias in node.names
     ]
     assert len(offered) > 20
@@ -196,3 +196,13 @@ def test_what_the_package_offers_its_modules_offer():
 
 def test_nothing_private_is_at_the_top():
     assert [name for name in PUBLIC if name.rpartition(".")[2].startswith("_")] == []
+
+
+def test_no_module_takes_the_name_of_a_function():
+    """`monge_sam_jax.name` would be the module once that is imported."""
+    for name in PUBLIC:
+        importlib.import_module(name)
+    functions = {x for x in vars(monge_sam_jax) if callable(getattr(monge_sam_jax, x))}
+    assert {"layerwise", "monge"} <= functions
+    assert not functions & {name.rpartition(".")[2] for name in PUBLIC}
+    assert callable(monge_sam_jax.layerwise)

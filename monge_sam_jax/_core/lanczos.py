@@ -143,6 +143,7 @@ def compiled_advance(basis: PyTree, state: Lanczos, image: PyTree, i: int) -> La
     return advance(state._replace(basis=basis), image, i)
 
 
+@jax.jit
 def matrix(state: Lanczos) -> jax.Array:
     """The tridiagonal matrix, densely."""
     beside = state.off_diagonal[:-1]

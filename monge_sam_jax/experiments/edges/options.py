@@ -2,10 +2,12 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from monge_sam_jax.experiments.common.errors import InputError
 from monge_sam_jax.experiments.common.options import check_numbers, check_seed, flag
 
+Direction: TypeAlias = Literal["gradient", "momentum"]
 MOST_IMAGES = 898  # of the training half
 
 
@@ -20,7 +22,9 @@ class Edges:
 
     Attributes:
       rho: Radii, each a column of the tables.
-      learning_rate: Of gradient descent, without momentum.
+      learning_rate: Of gradient descent.
+      momentum: Of the same, as in optax.sgd.
+      direction: What one pass perturbs along, the gradient or the momentum.
       seeds: Number of seeds: of the initial params, and of the choice of images.
       seed: The first of them; the others follow it.
       images: Number of training images; 898 at most.
@@ -33,6 +37,8 @@ class Edges:
 
     rho: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0)
     learning_rate: float = 0.1
+    momentum: float = 0.0
+    direction: Direction = "gradient"
     seeds: int = 3
     seed: int = 0
     images: int = 500
@@ -43,7 +49,11 @@ class Edges:
 
     def check(self) -> None:
         """Raises an InputError where an option cannot be used."""
-        check_numbers({"rho": self.rho})
+        check_numbers({"rho": self.rho, "momentum": self.momentum})
+        if self.momentum >= 1:
+            raise InputError(f"--momentum must be less than 1, got {self.momentum}")
+        if self.direction == "momentum" and self.momentum == 0:
+            raise InputError("--direction momentum needs a --momentum above zero")
         if not self.rho:
             raise InputError("--rho needs at least one number")
         check_numbers({"learning_rate": self.learning_rate}, positive=True)

@@ -40,19 +40,23 @@ class Method(NamedTuple):
     metric: Metric | None = None
     one_pass: bool = False
 
-    def optimizer(self, learning_rate: float, rho: float) -> optax.GradientTransformation:
+    def optimizer(self, options: Edges, rho: float) -> optax.GradientTransformation:
         """The whole of it, whose `update` takes a grad_fn."""
-        base = optax.sgd(learning_rate)
+        base = optax.sgd(options.learning_rate, momentum=options.momentum or None)
         if self.metric is None:
             return base
         if self.one_pass:
-            return one_pass_sam(base, metric=self.metric, rho=rho)
+            direction = options.direction
+            return one_pass_sam(base, metric=self.metric, rho=rho, direction=direction)
         return optax.chain(sharpness_aware(metric=self.metric, rho=rho), base)
 
-    def edge(self, learning_rate: float, effective_radius: np.ndarray) -> np.ndarray:
+    def edge(self, options: Edges, effective_radius: np.ndarray) -> np.ndarray:
         """The largest sharpness that is stable, by the theory."""
-        edge = one_pass_edge_of_stability if self.one_pass else edge_of_stability
-        return np.asarray(edge(learning_rate, jnp.asarray(effective_radius)))
+        edge = edge_of_stability
+        if self.one_pass:
+            edge = functools.partial(one_pass_edge_of_stability, direction=options.direction)
+        radius = jnp.asarray(effective_radius)
+        return np.asarray(edge(options.learning_rate, radius, momentum=options.momentum))
 
 
 METHODS = {
@@ -120,7 +124,7 @@ def learn(problem: Problem, name: str, rho: float, options: Edges) -> dict[str, 
       problem: what is learnt.
       name: of a method.
       rho: its radius.
-      options: the learning rate and the number of steps.
+      options: those of the optimizer, and the number of steps.
 
     Returns:
       Curves of "loss", "test_accuracy" and "sharpness", the largest eigenvalue of the Hessian, all
@@ -129,7 +133,7 @@ def learn(problem: Problem, name: str, rho: float, options: Edges) -> dict[str, 
     """
     method = METHODS[name]
     params = problem.params
-    carry = params, method.optimizer(options.learning_rate, rho).init(params)
+    carry = params, method.optimizer(options, rho).init(params)
     names = ("loss", "test_accuracy", "sharpness", "effective_radius")
     curves = {key: np.full(EVALUATIONS + 1, np.nan) for key in names}
     radius = np.nan
@@ -145,31 +149,29 @@ def learn(problem: Problem, name: str, rho: float, options: Edges) -> dict[str, 
             carry, radii = _advance(
                 carry,
                 problem.train,
-                options.learning_rate,
                 rho,
                 name=name,
-                steps=options.steps // EVALUATIONS,
+                options=options,
             )
             params, opt_state = carry
             if method.one_pass:
                 params = unperturbed_params(opt_state, params)
             radius = float(np.median(radii[-WINDOW:]))
-    return curves | {"edge": method.edge(options.learning_rate, curves["effective_radius"])}
+    return curves | {"edge": method.edge(options, curves["effective_radius"])}
 
 
-@functools.partial(jax.jit, static_argnames=("name", "steps"))
+@functools.partial(jax.jit, static_argnames=("name", "options"))
 def _advance(
     carry: tuple[chex.ArrayTree, optax.OptState],
     train: Batch,
-    learning_rate: float,
     rho: float,
     *,
     name: str,
-    steps: int,
+    options: Edges,
 ) -> tuple[tuple[chex.ArrayTree, optax.OptState], jax.Array]:
     """Params and optimizer state after some steps, and the effective radius at each."""
     method = METHODS[name]
-    optimizer = method.optimizer(learning_rate, rho)
+    optimizer = method.optimizer(options, rho)
     grad_fn = jax.grad(functools.partial(squared_error, batch=train))
     given = {} if method.metric is None or method.one_pass else {"grad_fn": grad_fn}
 
@@ -183,4 +185,4 @@ def _advance(
             radius = get_diagnostics(opt_state).effective_radius
         return (optax.apply_updates(params, updates), opt_state), radius
 
-    return jax.lax.scan(step, carry, length=steps)
+    return jax.lax.scan(step, carry, length=options.steps // EVALUATIONS)
