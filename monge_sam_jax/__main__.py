@@ -24,7 +24,6 @@ from monge_sam_jax.experiments.common.errors import (
 from monge_sam_jax.experiments.common.options import FINISHED
 from monge_sam_jax.experiments.edges.options import Edges
 from monge_sam_jax.experiments.figures.options import Figures
-from monge_sam_jax.experiments.quality.options import Quality
 from monge_sam_jax.experiments.study.options import Study
 from monge_sam_jax.experiments.train.options import Train
 
@@ -79,7 +78,6 @@ COMMANDS = {
         "the models in the .json file in {output} are kept; the same command begins anew",
     ),
     "study": Command(Study, "monge_sam_jax.experiments.study.run:run", *_STORE),
-    "quality": Command(Quality, "monge_sam_jax.experiments.quality.run:run"),
     "edges": Command(Edges, "monge_sam_jax.experiments.edges.run:run"),
     "bad-minimum": Command(BadMinimum, "monge_sam_jax.experiments.bad_minimum.run:run", *_STORE),
     "clip": Command(Clip, "monge_sam_jax.experiments.clip.run:run", *_STORE),

@@ -1,60 +1,57 @@
 """The figures of `monge-sam study`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from monge_sam_jax.experiments.common.plots import COLOURS, FONT_SIZE, GREY, SMALL, blank_figure
+from monge_sam_jax.experiments.common.plots import COLOURS, FONT_SIZE, SMALL, band, blank_figure
 from monge_sam_jax.experiments.study.statistics import profiles
 from monge_sam_jax.experiments.study.tasks import TASKS
 
-# A method in one pass has the colour of its two-pass form, and dashes; annealed ones have dots.
-STYLES = {
+# What is drawn; the tables have all. A method in one pass has the colour of its two-pass form, and
+# dashes; with an annealed radius dots.
+STYLES: dict[str, tuple[str, Any]] = {
     "plain": (COLOURS["sgd"], "-"),
-    "average": (GREY, "-"),
     "sam": (COLOURS["sam"], "-"),
-    "late_sam": (COLOURS["sam"], "-."),
-    "annealed_sam": (COLOURS["sam"], ":"),
     "one_pass_sam": (COLOURS["sam"], "--"),
-    "annealed_one_pass_sam": (COLOURS["sam"], (0, (3, 1, 1, 1, 1, 1))),
+    "annealed_one_pass_sam": (COLOURS["sam"], ":"),
     "monge_sam": (COLOURS["monge_sam"], "-"),
-    "budget": (COLOURS["monge_sam"], "-."),
     "one_pass_monge": (COLOURS["monge_sam"], "--"),
     "annealed_one_pass_monge": (COLOURS["monge_sam"], ":"),
     "adaptive_sam": (COLOURS["adaptive_sam"], "-"),
-    "friendly": (COLOURS["fisher_sam"], "-"),
-    "averaged_monge": (COLOURS["monge_sam"], (0, (5, 1))),
-    "geodesic": (COLOURS["monge_sam"], (0, (1, 3))),
-    "functional": (COLOURS["fisher_sam"], "--"),
-    "layerwise": (COLOURS["adaptive_sam"], "--"),
-    "supremum": (COLOURS["adaptive_sam"], ":"),
-    "spectral": (COLOURS["adaptive_sam"], "-."),
 }
 RATIOS = np.geomspace(1, 4, 100)
 
 
 def study_figure(results: Mapping[str, Any]) -> Figure:
-    """Test scores at the end against the radius, a panel for each task, at equal gradients.
+    """Gains over plain training against the radius, a panel for each task, at equal gradients.
 
     Args:
       results: content of the results.json of `monge-sam study`.
 
     Returns:
-      The figure: means over seeds, in bands of one standard error.
+      The figure: means of paired differences, in bands of one standard error.
     """
     tasks = results["tasks"]
     columns = min(2, len(tasks))
     lines = -(-len(tasks) // columns)
-    figure = blank_figure(1.0 + 1.9 * lines)
+    figure = blank_figure(1.1 + 1.7 * lines)
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, (task, entry) in zip(panels, tasks.items(), strict=False):
-        for method in STYLES:
-            _draw(axes, [c for c in entry["cells"] if c["method"] == method])
+        curves = [curve for name in STYLES if (curve := _draw(axes, entry, name))]
+        best = max([0.0, *(max(curve) for curve in curves)])
+        lowest = min([0.0, *(min(curve) for curve in curves)])
+        # So that what falls apart at large radii does not flatten the rest.
+        first = min([0.0, *(curve[0] for curve in curves)])
+        bottom = max(lowest, -max(best, -2 * first))
+        margin = 0.1 * (best - bottom) or 1.0
+        axes.set_ylim(bottom - margin, best + margin)
+        axes.axhline(0.0, color=COLOURS["sgd"], linewidth=1.2, label="plain")
         axes.set_xscale("log")
-        axes.set_title(task, fontsize=FONT_SIZE)
-        axes.set_ylabel(entry["unit"], fontsize=SMALL)
+        axes.set_title(f"{task}, in {entry['unit']}", fontsize=SMALL)
+        axes.set_ylabel("gain over plain", fontsize=SMALL)
         axes.tick_params(labelsize=SMALL)
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
@@ -62,7 +59,8 @@ def study_figure(results: Mapping[str, Any]) -> Figure:
         axes.set_axis_off()
     for axes in panels[max(0, len(tasks) - columns) : len(tasks)]:
         axes.set_xlabel(r"radius $\rho$", fontsize=FONT_SIZE)
-    _legend(figure, panels[0])
+    several = results["configuration"]["seeds"] > 1
+    _legend(figure, panels[0], [band()] * several)
     return figure
 
 
@@ -80,7 +78,7 @@ def profiles_figure(results: Mapping[str, Any]) -> Figure:
     errors: dict[str, list[np.ndarray]] = {}
     for task, entry in results["tasks"].items():
         for row in entry["rows"]:
-            if row["gradients"] >= 2:
+            if row["gradients"] == 2 and row["method"] in STYLES:
                 scores = _ends(_cell_of(entry, row), "test")
                 errors.setdefault(row["method"], []).append(TASKS[task].kind.error(scores))
     stacked = {name: np.concatenate(parts) for name, parts in errors.items()}
@@ -102,24 +100,21 @@ def profiles_figure(results: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _draw(axes: Any, cells: list[Mapping[str, Any]]) -> None:
-    """A method at two gradients a step, or as many."""
-    drawn = [c for c in cells if c["gradients"] >= 2 and c["factor"] == 1]
-    if not drawn:
-        return
-    colour, style = STYLES[drawn[0]["method"]]
-    ends = [_ends(cell, "test") for cell in drawn]
-    mean = np.array([np.mean(end) for end in ends])
-    error = np.array(
-        [np.std(end, ddof=1) / np.sqrt(len(end)) if len(end) > 1 else 0 for end in ends]
-    )
-    options = {"color": colour, "linestyle": style, "label": drawn[0]["label"], "linewidth": 1.2}
-    if drawn[0]["rho"] is None:
-        axes.axhline(mean[0], **options)
-        return
-    rho = [cell["rho"] for cell in drawn]
-    axes.plot(rho, mean, **options)
-    axes.fill_between(rho, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
+def _draw(axes: Any, entry: Mapping[str, Any], name: str) -> list[float]:
+    """The mean gains of a method by radius."""
+    cells = [c for c in entry["cells"] if c["gradients"] == 2 and c["factor"] == 1]
+    plain = next(_ends(c, "test") for c in cells if c["method"] == "plain")
+    cells = [c for c in cells if c["method"] == name and c["rho"] is not None]
+    if not cells:
+        return []
+    gains = np.array([_ends(cell, "test") - plain for cell in cells])
+    mean, (colour, style) = gains.mean(1), STYLES[name]
+    rho = [cell["rho"] for cell in cells]
+    axes.plot(rho, mean, color=colour, linestyle=style, label=cells[0]["label"], linewidth=1.2)
+    if gains.shape[1] > 1:
+        error = gains.std(1, ddof=1) / np.sqrt(gains.shape[1])
+        axes.fill_between(rho, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
+    return mean.tolist()
 
 
 def _cell_of(entry: Mapping[str, Any], row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -131,8 +126,12 @@ def _ends(cell: Mapping[str, Any], quantity: str) -> np.ndarray:
     return np.array([curve[-1] for curve in cell[quantity]], float)
 
 
-def _legend(figure: Figure, axes: Any) -> None:
-    handles, labels = axes.get_legend_handles_labels()
+def _legend(figure: Figure, axes: Any, others: Sequence[Any] = ()) -> None:
+    handles, _ = axes.get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside upper center", ncols=3, fontsize=SMALL, frameon=False
+        handles=[*handles, *others],
+        loc="outside upper center",
+        ncols=2,
+        fontsize=SMALL,
+        frameon=False,
     )

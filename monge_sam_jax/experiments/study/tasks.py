@@ -68,7 +68,7 @@ class Kind(NamedTuple):
       model: (params, x) -> outputs.
       output_loss: (outputs, y) -> mean loss.
       score: (outputs, y) -> what is reported; the larger, the better.
-      unit: of the score.
+      unit: of the score (digits right are -log10 of the relative error).
       error: score -> what is left to zero, for performance profiles.
       optimizer: learning rate -> the base optimizer.
       batch_size: samples of a step.
@@ -205,7 +205,7 @@ DIGITS = Kind(
     _logits,
     _cross_entropy,
     _accuracy,
-    "test accuracy (%)",
+    "% right",
     lambda score: 100 - score,
     functools.partial(optax.sgd, momentum=MOMENTUM),
     DIGITS_BATCH,
@@ -263,7 +263,7 @@ HEAT = Kind(
     _temperature,
     _mean_square,
     _log_accuracy,
-    "-log10 of the relative error",
+    "digits right",
     lambda score: 10.0**-score,
     optax.adam,
     batch_size=64,
