@@ -24,7 +24,7 @@ from monge_sam_jax.experiments.common.errors import (
 from monge_sam_jax.experiments.common.options import FINISHED
 from monge_sam_jax.experiments.edges.options import Edges
 from monge_sam_jax.experiments.figures.options import Figures
-from monge_sam_jax.experiments.quality.options import Quality
+from monge_sam_jax.experiments.study.options import Study
 from monge_sam_jax.experiments.train.options import Train
 
 CLOSED_PIPE = 141  # of a program whose output nobody reads any more, by convention
@@ -77,7 +77,7 @@ COMMANDS = {
         ("results.json", "counts.json"),
         "the models in the .json file in {output} are kept; the same command begins anew",
     ),
-    "quality": Command(Quality, "monge_sam_jax.experiments.quality.run:run"),
+    "study": Command(Study, "monge_sam_jax.experiments.study.run:run", *_STORE),
     "edges": Command(Edges, "monge_sam_jax.experiments.edges.run:run"),
     "bad-minimum": Command(BadMinimum, "monge_sam_jax.experiments.bad_minimum.run:run", *_STORE),
     "clip": Command(Clip, "monge_sam_jax.experiments.clip.run:run", *_STORE),

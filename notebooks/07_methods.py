@@ -243,7 +243,7 @@ def bsam(grad_fn, learning_rate, rho, s=1.0, b1=0.9, b2=0.8, prior=0.05):
 # | SAM of several ascent steps (Foret et al., appendix), GAM (Zhang et al. 2023) | a third gradient |
 # | penalties on curvature by Hessian products, CR-SAM (Wu et al. 2024) | a third gradient |
 # | ESAM's selection of samples (Du et al. 2022) | needs the losses of single samples between the gradients |
-# | Functional SAM (Singh et al. 2025) | cuts the second gradient at the outputs of the model, which a function of the params does not show |
+# | Functional SAM (Singh et al. 2025) | cuts the second gradient at the outputs of the model, which a function of the params does not show: it is `functional_sam_value_and_grad(model_fn, loss_fn, ...)` |
 # | SAMPa (Xie et al. 2024), R-SAM (Liu et al. 2022), bSAM's noise | the first gradient is taken at other params: `update` follows what it is given, so the training loop has to take it there, and to keep those params |
 # | decoupled WSAM before Adam | a second step beside the optimizer's own |
 # | Sparse SAM (Mi et al. 2022) | its mask comes from squared gradients of many batches: a metric with a state, refilled from outside |

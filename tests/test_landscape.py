@@ -56,6 +56,48 @@ def test_rises_of_convex_losses_are_those_of_the_worst_corner(rho, most):
     assert exact >= most
 
 
+def auto_pgd(loss, gradient, x, rho, num_steps):
+    """The highest rise of auto-PGD as the code of Croce and Hein has it, and its halvings."""
+    clip = lambda y: np.clip(y, x - rho * np.abs(x), x + rho * np.abs(x))  # noqa: E731
+    interval, least = max(int(0.22 * num_steps), 1), max(int(0.06 * num_steps), 1)
+    fewer = max(int(0.03 * num_steps), 1)
+    now, old, best, values = x, x, x, [loss(x)]
+    rate, halved, before, since, halvings = 2.0, True, loss(x), 0, 0
+    for k in range(num_steps):
+        a = 0.75 if k else 1.0
+        target = clip(now + rate * rho * np.abs(x) * np.sign(gradient(now)))
+        now, old = clip(now + a * (target - now) + (1 - a) * (now - old)), now
+        values.append(loss(now))
+        best = now if values[-1] > loss(best) else best
+        since += 1
+        if since == interval:
+            rises = np.sum(np.diff(values[-interval - 1 :]) > 0)
+            halved = rises <= 0.75 * interval or (not halved and loss(best) <= before)
+            if halved:
+                rate, now, old, halvings = rate / 2, best, best, halvings + 1
+                values[-1] = loss(best)
+            before, since, interval = loss(best), 0, max(interval - fewer, least)
+    return loss(best) - loss(x), halvings
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("num_steps", [1, 7, 20, 60])
+def test_steps_are_those_of_auto_pgd(num_steps):
+    """On a loss with many maxima."""
+    halvings = 0
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        S, x = rng.normal(size=(6, 6)), rng.normal(size=6)
+        loss = lambda y: np.sum(np.sin(3 * S @ y)) - 0.1 * y @ y  # noqa: B023, E731
+        gradient = lambda y: 3 * S.T @ np.cos(3 * S @ y) - 0.2 * y  # noqa: B023, E731
+        loss_fn = lambda y: jnp.sum(jnp.sin(3 * S @ y)) - 0.1 * y @ y  # noqa: B023, E731
+        expected, times = auto_pgd(loss, gradient, x, 0.7, num_steps)
+        found = adaptive_worst_case_sharpness(loss_fn, jnp.asarray(x), rho=0.7, num_steps=num_steps)
+        np.testing.assert_allclose(found, expected, rtol=1e-8)
+        halvings += times
+    assert num_steps < 7 or halvings > 5
+
+
 @pytest.mark.usefixtures("x64")
 def test_a_maximum_inside_of_the_box_is_found():
     """Only a rate that falls gets there; signed steps of one length jump over it."""

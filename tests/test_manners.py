@@ -34,7 +34,7 @@ SMALL = {
     ),
     "figures": (),
     "bench": ("--preset", "tiny"),
-    "quality": ("--tasks", "label-noise"),
+    "study": ("--preset", "smoke", "--tasks", "regression"),
     "edges": ("--seeds", "2"),
     "bad-minimum": ("--preset", "smoke"),
     "clip": ("--preset", "smoke"),
@@ -43,7 +43,7 @@ BEGUN = {  # what is there when the work is under way, in the output folder
     "train": "checkpoints/epoch_*",
     "figures": "figure_1.png",
     "bench": "",
-    "quality": "",
+    "study": "finished/*start*.npz",
     "edges": "",
     "bad-minimum": "finished/start*.npz",
     "clip": "finished/start*.npz",
@@ -136,7 +136,7 @@ def test_an_interrupt_in_this_process(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr("monge_sam_jax.__main__.run", interrupted)
     with pytest.raises(SystemExit) as exit_:
-        main(["quality", "--output", str(tmp_path)])
+        main(["study", "--output", str(tmp_path)])
     assert exit_.value.code == 130
     err = capsys.readouterr().err
     assert err == "monge-sam: interrupted: nothing is kept; the same command begins anew\n"
@@ -179,7 +179,7 @@ OTHER = {  # options that differ from `SMALL`, and what the refusal calls them
     "train": (("--rho", "0.2"), "--rho (was the default, is 0.2)"),
     "figures": (("1", "2"), "the numbers of the figures (was 3, is 1 2)"),
     "bench": (("--rounds", "3"), "--rounds (was 9, is 3)"),
-    "quality": (("--rho", "0.3"), "--rho (was the default, is 0.3)"),
+    "study": (("--rho", "0.3"), "--rho (was the default, is 0.3)"),
     "edges": (("--rho", "0.3"), "--rho (was 0.05 0.1 0.2 0.5 1.0, is 0.3)"),
     "bad-minimum": (("--momentum", "0.5"), "--momentum (was 0.9, is 0.5)"),
     "clip": (("--k", "5"), "--k (was 8, is 5)"),
@@ -293,7 +293,7 @@ RATES = {
 }
 RADII = {
     "train": ("--rho", "--alpha", "--sharpness-rho"),
-    "quality": ("--rho",),
+    "study": ("--rho",),
     "edges": ("--rho", "--momentum"),
     "bad-minimum": ("--rho", "--momentum"),
     "clip": ("--rho",),

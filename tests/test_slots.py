@@ -679,6 +679,11 @@ METRICS = {
     "fisher": ms.diagonal_fisher(),
     "monge adaptive": ms.monge(ms.adaptive(0.1), 2.0),
     "budget": lambda rho: ms.monge(alpha=rho / 0.5),
+    "layerwise": ms.layerwise(ms.adaptive(0.1)),
+    "supremum": ms.monge(ms.supremum()),
+    "spectral": ms.spectral(),
+    "averaged": ms.averaged_monge(3),
+    "preconditioned": ms.preconditioned(optax.scale_by_rms()),
 }
 WHENS = {
     "always": {},
@@ -711,7 +716,7 @@ def chosen(choice, **options):
     }
 
 
-@settings(max_examples=25)
+@settings(max_examples=30)
 @given(choices)
 def test_any_choice_keeps_the_promises(choice):
     """Types stay, one compilation, the same under jit, resumed, at rho = 0, and with NaN."""

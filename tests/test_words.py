@@ -18,7 +18,7 @@ from monge_sam_jax.experiments.bench.options import SIZES
 from monge_sam_jax.experiments.clip import report as clip_report
 from monge_sam_jax.experiments.clip.options import PRESETS as CLIP
 from monge_sam_jax.experiments.common import report
-from monge_sam_jax.experiments.quality.options import RADII
+from monge_sam_jax.experiments.study.options import PRESETS as STUDY
 
 WIDTH = 80
 
@@ -83,7 +83,7 @@ def test_a_slip_is_answered_in_one_line(args, answer, capsys):
 def test_a_slip_in_an_option_is_answered_with_this_commands_own(capsys):
     text = spoken(capsys, "train", "--epchs", "3", code=2)
     assert "--epochs INT" in text
-    assert "quality" not in text
+    assert "study" not in text
 
 
 def leaves(value):
@@ -101,7 +101,7 @@ def leaves(value):
         ("bench", SIZES),
         ("bad-minimum", {name: vars(recipe) for name, recipe in BAD_MINIMUM.items()}),
         ("clip", CLIP),
-        ("quality", {"radii": RADII}),
+        ("study", {name: preset._asdict() for name, preset in STUDY.items()}),
     ],
 )
 def test_help_has_the_values_of_presets(command, presets, capsys):

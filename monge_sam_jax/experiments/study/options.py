@@ -1,0 +1,125 @@
+"""The options of `monge-sam study`; light to import, so that the command line's help is quick."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from monge_sam_jax.experiments.common.errors import InputError
+from monge_sam_jax.experiments.common.options import (
+    PRESET,
+    InFolderOfPreset,
+    check_counts,
+    check_list,
+    check_numbers,
+    check_seed,
+    presets_in_help,
+)
+
+TaskName = Literal[
+    "bad-minimum", "large-init", "label-noise-0", "label-noise-30", "label-noise-60", "regression"
+]
+MethodName = Literal[
+    "plain",
+    "average",
+    "sam",
+    "late_sam",
+    "adaptive_sam",
+    "monge_sam",
+    "annealed_sam",
+    "budget",
+    "friendly",
+    "one_pass_sam",
+    "one_pass_monge",
+    "annealed_one_pass_sam",
+    "annealed_one_pass_monge",
+    "averaged_monge",
+    "geodesic",
+    "functional",
+    "layerwise",
+    "supremum",
+    "spectral",
+]
+
+
+class Preset(NamedTuple):
+    """What a preset decides."""
+
+    seeds: int
+    width: int
+    epochs: int
+    confusion_epochs: int
+    radii: int
+    rates: tuple[float, ...]
+
+
+PRESETS = {
+    "smoke": Preset(2, width=16, epochs=2, confusion_epochs=1, radii=2, rates=(1.0,)),
+    "small": Preset(10, width=128, epochs=150, confusion_epochs=150, radii=5, rates=(1.0,)),
+    "full": Preset(10, width=256, epochs=400, confusion_epochs=150, radii=5, rates=(0.3, 1.0, 3.0)),
+}
+
+
+@presets_in_help(PRESETS)
+@dataclasses.dataclass(frozen=True)
+class Study(InFolderOfPreset):
+    """Ask whether sharpness-aware training helps, on several tasks, at equal numbers of gradients.
+
+    Every method starts from the same params, sees the same batches, and has as many trials: the
+    radii of a line, from which the mean score on validation samples chooses over all seeds. Methods
+    of one gradient a step train for as many steps as those of two, and for twice as many. What is
+    finished is kept in the output folder: the same command goes on after an interruption, and with
+    more seeds.
+
+    Attributes:
+      preset: Sizes, which the options below change one by one.
+      tasks: bad-minimum and large-init start where a network knows 500 images by heart and little
+        else, the first after learning noise (Liu et al. 2020), the second from large weights;
+        label-noise-30 starts at random with 30 % of the labels drawn anew; regression is the
+        temperature of a rod, where losses are tiny.
+      methods: What is compared with plain training.
+      seeds: Number of seeds: of params, samples, labels and batches.
+      seed: The first of them; the others follow it.
+      rho: Radii in place of each task's line, as Euclidean lengths.
+      rates: Factors of the baseline's learning rate, tried with every radius.
+      width: Units of a hidden layer.
+      epochs: Passes over the training set of a method with two gradients a step.
+      confusion_epochs: Passes over the spoilt copies, for bad-minimum.
+      output: Folder for results.json, study.md, study.png, profiles.png and what is finished.
+      overwrite: Write over the results of other options, if the output folder has some.
+    """
+
+    preset: Literal["smoke", "small", "full"] = "small"
+    tasks: tuple[TaskName, ...] = TaskName.__args__  # type: ignore[attr-defined]
+    methods: tuple[MethodName, ...] = MethodName.__args__  # type: ignore[attr-defined]
+    seeds: int | None = None
+    seed: int = 0
+    rho: tuple[float, ...] = ()
+    rates: tuple[float, ...] = ()
+    width: int | None = None
+    epochs: int | None = None
+    confusion_epochs: int | None = None
+    output: Path = Path("runs", "study", PRESET)
+    overwrite: bool = False
+
+    @property
+    def size(self) -> Preset:
+        """The preset with what was given instead."""
+        given = {name: getattr(self, name) for name in Preset._fields if name != "radii"}
+        return PRESETS[self.preset]._replace(**{name: v for name, v in given.items() if v})
+
+    def radii(self, line: tuple[float, ...]) -> tuple[float, ...]:
+        """Those that were given, or as many of a task's line as the preset has."""
+        return self.rho or line[: self.size.radii]
+
+    def check(self) -> None:
+        """Raises an InputError where an option cannot be used."""
+        for name in ("tasks", "methods"):
+            check_list(name, getattr(self, name), "name")
+        if "plain" not in self.methods:
+            raise InputError("--methods needs plain too, with which the others are compared")
+        for name in ("rho", "rates"):
+            check_list(name, getattr(self, name), "number", may_be_empty=True)
+            check_numbers({name: getattr(self, name)}, positive=True)
+        counts = ("seeds", "width", "epochs", "confusion_epochs")
+        check_counts({name: getattr(self, name) for name in counts})
+        check_seed(self.seed)
