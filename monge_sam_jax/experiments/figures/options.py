@@ -29,8 +29,8 @@ class Figures:
 
         Args:
           numbers: Which figures; the paper's five if none is given.
-          output: Folder for figure_1.png to figure_comparison.png, and for their numbers,
-            figures.json. Those of an earlier run of the same figures are overwritten.
+          output: Folder for figure_1.png to figure_comparison.png and, for the
+            numbers, figures.json. Those of an earlier run of the same figures are overwritten.
           overwrite: Write over those of other figures, if the output folder has some.
         """
         self.numbers = tuple(n for n in get_args(Name) if n in numbers) or OF_THE_PAPER
