@@ -345,7 +345,9 @@ def test_a_one_pass_state_of_other_options(other):
     old = ms.one_pass_sam(base, rho=RHO, **OTHERS[other])
     new = ms.one_pass_sam(base, rho=RHO, direction="momentum" if other == "metric" else "gradient")
     y, old_state = descend(old, PARAMS, old.init(PARAMS))
-    with pytest.raises(ValueError, match=r"another mask, direction, ascent or kind.*_replace\(base_state"):
+    with pytest.raises(
+        ValueError, match=r"another mask, direction, ascent or kind.*_replace\(base_state"
+    ):
         new.update(grad(y, B), old_state, y)
 
     theta = ms.unperturbed_params(old_state, y)
