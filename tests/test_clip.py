@@ -572,7 +572,9 @@ def test_command_on_pairs_of_a_folder(tmp_path):
     sizes = {"pretrain": 512, "train": 128, "val": 64, "test": 64}
     splits = {name: scenes(PLAIN, n, 16, n) for name, n in sizes.items()}
     write_folder(tmp_path / "pairs", "npz", splits)
-    results = run_command(tmp_path / "out", "--data", str(tmp_path / "pairs"), "--rho", "0.1")
+    more = ["--data", str(tmp_path / "pairs"), "--rho", "0.1", "--pretraining-steps", "100"]
+    results = run_command(tmp_path / "out", *more)
+    assert results["configuration"]["pretraining_steps"] == 100
     assert results["data"]["pairs"] == sizes
     assert results["data"]["unknown_words"] == results["data"]["cut_captions"] == 0
     told = "Pairs of pairs: pretrain 512, train 128, val 64, test 64. 0% of the words"
@@ -661,6 +663,7 @@ def fails(arguments, message, capsys):
     [
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--steps", "-1"], "--steps must be at least 1"),
+        (["--pretraining-steps", "0"], "--pretraining-steps must be at least 1"),
         (["--seed", "-1"], "--seed must be from 0"),
         (["--rho", "-0.1"], "--rho needs finite numbers"),
         (["--rho", "0.1", "0.1"], "--rho has a number twice"),
