@@ -197,7 +197,7 @@ def test_files_that_cannot_be_used_are_named(clipart, tmp_path, without_a_sheet)
             clipart,
             name,
             svg(f"{name} of &uuml;", declared=name != "undeclared"),
-            blocks(len(name)),
+            blocks(40 + len(name)),
         )
     (clipart / "png/broken png.png").write_bytes(b"\x89PNG\r\n\x1a\nno chunk at all")
     whole = (clipart / "png/cut png.png").read_bytes()
