@@ -94,7 +94,7 @@ def read_json(path: Path, kind: type) -> Any:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: expected JSON: {error}") from error
     if not isinstance(content, kind):
-        noun = {dict: "an object", list: "a list"}[kind]
+        noun = "a list" if kind is list else "an object"
         raise InputError(f"{path}: expected {noun} in JSON, found {type(content).__name__}")
     return content
 

@@ -75,14 +75,14 @@ def square(path: Path, side: int) -> np.ndarray | None:
             with Image.open(path) as picture:
                 picture.load()
                 scale = side / max(picture.size)
-                size = tuple(max(1, round(scale * length)) for length in picture.size)
+                width, height = (max(1, round(scale * length)) for length in picture.size)
                 scaled = on_white(picture).resize(
-                    size, Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST
+                    (width, height), Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST
                 )
     except NO_PICTURE:
         return None
     ground = Image.new("RGB", (side, side), "white")
-    ground.paste(scaled, tuple((side - length) // 2 for length in size))
+    ground.paste(scaled, ((side - width) // 2, (side - height) // 2))
     return np.asarray(ground)
 
 

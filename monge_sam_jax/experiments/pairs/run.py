@@ -88,12 +88,13 @@ def deal(count: int, seed: int) -> dict[str, np.ndarray]:
 
 def write(path: Path, images: np.ndarray, candidates: Sequence[Candidate]) -> None:
     """Writes pairs as `clip --data` reads them, with the name of every picture beside."""
-    texts = {
-        "caption": [candidate.caption for candidate in candidates],
-        "label": [candidate.label for candidate in candidates],
-        "source": [candidate.name for candidate in candidates],
-    }
-    np.savez_compressed(path, image=images, **{key: np.array(x) for key, x in texts.items()})
+    np.savez_compressed(
+        path,
+        image=images,
+        caption=np.array([candidate.caption for candidate in candidates]),
+        label=np.array([candidate.label for candidate in candidates]),
+        source=np.array([candidate.name for candidate in candidates]),
+    )
 
 
 def _copy_licences(found: Found, output: Path) -> dict[str, str]:
