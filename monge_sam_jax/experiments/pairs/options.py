@@ -31,7 +31,7 @@ class Pairs:
     Nothing is downloaded. Pictures are put on white and in the middle of a square. Of pictures that
     look the same at 16 pixels, and of equal captions, the first by name is kept. The pairs that are
     left are divided at random: 40 % for pre-training, 30 % for fine-tuning, 15 % for validation and
-    15 % to test. Files that cannot be read, or have no caption, are named in SOURCES.md.
+    15 % to test. What is left out, and why, is counted in SOURCES.md and named in pairs.json.
     """
 
     # No dataclass: positional-only, the source is given without a flag.
