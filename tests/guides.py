@@ -1,0 +1,53 @@
+"""Runs notebooks from the scripts beside them: `python tests/guides.py notebooks/12_linen.py ...`."""
+
+import os
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+SCRIPTS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.py"))
+
+
+def run(script, before="", after=""):
+    """The notebook of a script, executed.
+
+    Args:
+      script: path of the script.
+      before: code that runs first, of which nothing is left in the notebook.
+      after: code that runs last.
+
+    Returns:
+      The notebook with outputs, and nothing in it that is another one in another run.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the outputs that are kept are those of a CPU
+    notebook = jupytext.read(script)
+    first, last = (nbformat.v4.new_code_cell(source) for source in (before, after))
+    notebook.cells = [first, *notebook.cells, last]
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False)
+    client.execute(cwd=str(script.parent))
+    del notebook.cells[0], notebook.cells[-1]
+    codes = 0
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number}"
+        cell["metadata"] = {}
+        if cell.cell_type == "code":
+            codes += 1
+            cell["execution_count"] = codes
+            for output in cell.outputs:
+                if output.output_type == "execute_result":
+                    output["execution_count"] = codes
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python", "pygments_lexer": "ipython3"},
+    }
+    return notebook
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        path = Path(argument).resolve()
+        nbformat.write(run(path), path.with_suffix(".ipynb"))
