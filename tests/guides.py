@@ -1,4 +1,4 @@
-"""Runs notebooks from the scripts beside them: `python tests/guides.py notebooks/12_linen.py ...`."""
+"""Runs notebooks from the scripts beside them: `python tests/guides.py notebooks/12_linen.py`."""
 
 import os
 import sys
