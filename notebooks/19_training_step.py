@@ -46,7 +46,8 @@ print(get_diagnostics(opt_state).perturbation_norm)
 # %% [markdown]
 # `update` takes the gradient at the params and returns the one at the perturbed params. `grad_fn` is
 # given those extra arguments of `update` that its signature names; a `grad_fn=` that is given to `update` overrides the builder's.
-# `rho` is a number, an array or an Optax schedule. The state holds a step count and a few scalars, no copy of the params.
+# `rho` is a number, an array or an Optax schedule. For
+# a loop that takes plain optimizers too, `optax.with_extra_args_support(optax.sgd(0.1))` accepts and ignores such arguments. The state holds a step count and a few scalars, no copy of the params.
 #
 # ## Without an Optax chain
 #

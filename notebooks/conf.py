@@ -42,7 +42,10 @@ python_maximum_signature_line_length = 88
 
 def mathml(latex: str, display: str) -> str:
     """A formula that browsers draw by themselves."""
-    return latex2mathml.converter.convert(latex, display=display)
+    known = latex.replace(r"\arg\max", r"\operatorname{argmax}").replace(
+        r"\arg", r"\operatorname{arg}"
+    )
+    return latex2mathml.converter.convert(known, display=display)
 
 
 def visit_math(self: Any, node: nodes.math) -> None:
@@ -63,7 +66,8 @@ def add_contents(app: Sphinx, docname: str, source: list[str]) -> None:
     if docname != root_doc:
         return
     for section in re.split(r"^## ", source[0], flags=re.M)[1:]:
-        pages = re.findall(r"\]\(([\w/]+)\.(?:ipynb|md)\)", section)
+        links = re.findall(r"^- \[(.*?)\]\(([\w/]+)\.(?:ipynb|md)\)", section, re.M)
+        pages = [f"{name} <{page}>" for name, page in links]
         if pages:
             options = f":hidden:\n:caption: {section.splitlines()[0]}\n"
             source[0] += "\n```{toctree}\n" + "\n".join([options, *pages]) + "\n```\n"
@@ -74,12 +78,27 @@ def find_by_name(
 ) -> nodes.Node | None:
     """What docstrings name in backticks, by where the package offers it."""
     domain = env.domains["py"]
-    ending = "." + node["reftarget"].removeprefix("monge_sam_jax.")
+    target = node["reftarget"].partition("(")[0]
+    ending = "." + target.removeprefix("monge_sam_jax.")
     names = [name for name in domain.objects if name.endswith(ending)]
     if node["reftype"] != "obj" or not names:
         return None
     name = min(names, key=lambda name: "nnx" in name)  # where NNX has its own, the other is meant
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", name, node, contnode)
+
+
+def link_names(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Links what guides name as code to the reference: the functions of the package's top."""
+    for literal in list(doctree.findall(nodes.literal)):
+        name = literal.astext().partition("(")[0]
+        if isinstance(literal.parent, nodes.reference | nodes.title) or not callable(
+            getattr(monge_sam_jax, name, None)
+        ):
+            continue
+        node = addnodes.pending_xref("", reftype="obj", reftarget=name, refdoc=docname)
+        link = find_by_name(app, app.env, node, literal.deepcopy())
+        if link is not None:
+            literal.replace_self(link)
 
 
 def shorten_defaults(
@@ -90,9 +109,16 @@ def shorten_defaults(
     return re.sub(r"<(?:function|class) '?([\w.]+).*?>", r"\1", signature) or None, returns
 
 
+def leave_out(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Fields of named tuples, which their docstrings list."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field") else None
+
+
 def setup(app: Sphinx) -> None:
     """Sphinx calls this."""
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_displaymath, None))
     app.connect("source-read", add_contents)
     app.connect("autodoc-process-signature", shorten_defaults)
+    app.connect("autodoc-skip-member", leave_out)
+    app.connect("doctree-resolved", link_names)
     app.connect("missing-reference", find_by_name)
