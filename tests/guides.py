@@ -21,14 +21,16 @@ def run(script, before="", after=""):
       after: code that runs last.
 
     Returns:
-      The notebook with outputs, and nothing in it that is another one in another run.
+      The notebook with what it prints and draws, and nothing that is another one in another run:
+      times, ids, and the values of last lines, which say where an object lies in memory.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the outputs that are kept are those of a CPU
     notebook = jupytext.read(script)
     first, last = (nbformat.v4.new_code_cell(source) for source in (before, after))
     notebook.cells = [first, *notebook.cells, last]
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False)
-    client.execute(cwd=str(script.parent))
+    NotebookClient(
+        notebook, timeout=900, kernel_name="python3", record_timing=False, coalesce_streams=True
+    ).execute(cwd=str(script.parent))
     del notebook.cells[0], notebook.cells[-1]
     codes = 0
     for number, cell in enumerate(notebook.cells):
@@ -37,9 +39,7 @@ def run(script, before="", after=""):
         if cell.cell_type == "code":
             codes += 1
             cell["execution_count"] = codes
-            for output in cell.outputs:
-                if output.output_type == "execute_result":
-                    output["execution_count"] = codes
+            cell["outputs"] = [o for o in cell.outputs if o.output_type != "execute_result"]
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python", "pygments_lexer": "ipython3"},
