@@ -21,7 +21,7 @@
 # | `monge_sam` | 0.05, then 0.2, 1 | 2 | fine-tuning, a large rho, learning rates that are not tuned | where the loss is a sum or scaled: its length depends on the scale |
 # | `sam` | 0.05, then 0.2, 1 | 2 | to compare with what is published | with a rho so large that training falls apart: `monge_sam` bears more |
 # | `adaptive_sam` | 0.5, then 2, 10 | 2 | wrong labels; weights that differ much in size | where weights begin at zero, as in new adapters: they are hardly perturbed |
-# | `one_pass_sam` | 0.05, falling to 0 | 1 | where two gradients a step are too many | at a constant rho to the end, where it circles around minima; with wrong labels, whose twice as many steps learn them |
+# | `one_pass_sam` | 0.05, falling to 0 | 1 | where two gradients a step are too many | at a constant rho to the end: it circles around minima; with wrong labels, for twice as many steps |
 # | `sam`, `when=` the last tenth | 0.05, then 0.2, 1 | 1.1 | training that is long already | from a bad minimum or with wrong labels: it gains less there |
 #
 # None of them pays where the test error is not one of generalising: where training losses are tiny, as in
