@@ -138,6 +138,22 @@ def test_commands_have_the_options_that_pages_give_them():
                 assert option == "help" or option.replace("-", "_") in fields, (path, option)
 
 
+@pytest.mark.parametrize(
+    ("command", "table_says", "help_says", "guide", "guide_says"),
+    [
+        ("bad-minimum", "8 minutes", "eight minutes", "claims", "bad-minimum` (8 minutes"),
+        ("clip", "10 minutes", "ten minutes", "claims", "clip` (10 minutes"),
+        ("bench", "a quarter of an hour", "a quarter of an hour", "cost", "tiny` in half a minute"),
+        ("study", "under an hour", "", "study", "under an hour"),
+    ],
+)
+def test_times_agree(command, table_says, help_says, guide, guide_says):
+    (row,) = (row for row in table(README, "command") if row[0] == f"`{command}`")
+    assert table_says in row[2]
+    assert help_says in " ".join(inspect.getdoc(COMMANDS[command].options).split())
+    assert guide_says in page(guide)
+
+
 def test_numbers_of_the_table_of_methods():
     rows = len(table(page("07_methods"), "method")) - 1
     assert 36 <= rows <= 49, "the first page says some forty"
