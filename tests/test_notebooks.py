@@ -87,4 +87,3 @@ def test_notebook_runs(script):
     assert printed(notebook) == printed(kept(script))
     images = [o for o in outputs(notebook) if "image/png" in o.get("data", {})]
     assert len(images) == sum("image/png" in o.get("data", {}) for o in outputs(kept(script)))
-    assert bool(images) == draws
