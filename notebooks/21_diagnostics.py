@@ -21,9 +21,9 @@
 # | `grad_norm` | $\lVert g \rVert$ of the first gradient | M-SAM differs from SAM where it is above one |
 # | `dual_norm` | $\lVert g \rVert_{G^{-1}}$, in the metric | |
 # | `perturbation_norm` | $\lVert \delta \rVert$, before rounding | M-SAM: well below rho means that the loss is steep, or summed or scaled by mistake |
-# | `effective_radius` | $\lVert \delta \rVert / \lVert g \rVert$, the paper's $\tilde \rho$ | times the sharpness near one or above: training is about to fall apart |
-# | `predicted_sharpness` | $g^\top \delta$, the rise of the loss to first order | small beside the loss: rho is too small to matter |
-# | `cosine` | of the two gradients | near 1: the second gradient says nothing new; negative: rho is too large |
+# | `effective_radius` | $\lVert \delta \rVert / \lVert g \rVert$, the paper's $\tilde \rho$ | times the largest eigenvalue of the Hessian near one: at the edge of stability ([geometry](22_geometry.ipynb)) |
+# | `predicted_sharpness` | $g^\top \delta$, the rise of the loss to first order | a small part of the loss: rho hardly matters yet |
+# | `cosine` | of the two gradients | near 1: the second gradient says nothing new; below 0: the slope has turned over within rho |
 # | `curvature` | $\delta^\top (g' - g) / \lVert \delta \rVert^2$ | the sharpness along the gradient; should fall |
 # | `realised_norm` | what rounding left of $\delta$ | far below `perturbation_norm`: `widen_params=True` ([precision](17_precision.ipynb)) |
 
@@ -80,6 +80,4 @@ figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", 
 # they are returned. `get_diagnostics` finds them at any depth of an Optax state. On steps that do not perturb they are those of
 # the last perturbation.
 #
-# Training that falls apart shows in this order: the cosine falls below zero, `grad_norm` rises while the loss does, and
-# M-SAM's `perturbation_norm` shrinks, which is what saves it; at rho far too large the training loss stays at chance. What
-# the sharpness of a trained network is, and where it must settle, is [another page](22_geometry.ipynb).
+# What the sharpness of a trained network is, and where it must settle, is [another page](22_geometry.ipynb).
