@@ -339,17 +339,17 @@ def trained(tmp_path_factory):
     return folder, output
 
 
-def readme_block():
-    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
-    (block,) = re.findall(r"^```py\n(.*?)^```", readme, re.S | re.M)
+def block_of_the_guide():
+    guide = (Path(__file__).parents[1] / "notebooks" / "commands.md").read_text("utf-8")
+    (block,) = re.findall(r"^```py\n(.*?)^```", guide, re.S | re.M)
     return block
 
 
-def test_the_readme_loads_params_and_predicts(trained, monkeypatch):
+def test_the_guide_loads_params_and_predicts(trained, monkeypatch):
     folder, output = trained
     monkeypatch.chdir(folder)
     namespace = {}
-    exec(readme_block(), namespace)
+    exec(block_of_the_guide(), namespace)
     labels = namespace["handwritten_digits"]().test.y
     accuracy = 100 * float(np.mean(namespace["digits"] == labels))
     results = json.loads((output / "results.json").read_text())
