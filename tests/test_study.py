@@ -16,7 +16,14 @@ from monge_sam_jax.experiments.common.data import shuffled_rows
 from monge_sam_jax.experiments.study import run as study_run
 from monge_sam_jax.experiments.study import statistics, tasks, training
 from monge_sam_jax.experiments.study.methods import METHODS
-from monge_sam_jax.experiments.study.options import PRESETS, MethodName, Study, TaskName
+from monge_sam_jax.experiments.study.options import (
+    GROUPS,
+    PRESETS,
+    CureName,
+    MethodName,
+    Study,
+    TaskName,
+)
 from monge_sam_jax.experiments.study.plots import profiles_figure, study_figure
 from monge_sam_jax.experiments.study.tasks import TASKS, Batch, Size
 from monge_sam_jax.experiments.study.training import Cell
@@ -35,14 +42,18 @@ def problem():
 
 
 def radius(name, t, steps):
-    return RHO * max(0, 1 - t / steps) if name.startswith("annealed") else RHO
+    rho = RHO * min(1, t / (0.1 * steps)) if name.startswith("warm") else RHO
+    if name.startswith("cosine"):
+        return rho * np.cos(np.pi / 2 * t / steps) ** 2
+    return rho * max(0, 1 - t / steps) if "annealed" in name else rho
 
 
 def by_hand(problem, name, rows):
     """Steps of SGD with momentum at perturbed params; what is evaluated."""
     grad = jax.jit(jax.grad(tasks.DIGITS.loss))
     theta = params = average = problem.params
-    trace = jax.tree.map(jnp.zeros_like, params)
+    trace = mean = last = jax.tree.map(jnp.zeros_like, params)
+    taken, most = 0, len(rows)
     monge = "monge" in name
 
     def delta(g, rho):
@@ -55,11 +66,25 @@ def by_hand(problem, name, rows):
         if two_passes or (name == "late_sam" and t >= 0.9 * len(rows)):
             d = delta(grad(theta, batch), radius(name, t, len(rows)))
             params = jax.tree.map(jnp.add, theta, d)
-        g = grad(params, batch)
+        if taken >= most:
+            break
+        g, before = grad(params, batch), last
+        taken += 1
+        if name.startswith("extra") and t % 4 == 0:
+            g = grad(jax.tree.map(jnp.add, theta, delta(g, RHO)), batch)
+            taken += 1
+        last = g
+        mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mean, g)
         trace = jax.tree.map(lambda m, g: 0.9 * m + g, trace, g)
         theta = params = jax.tree.map(lambda p, m: p - 0.05 * m, theta, trace)
         average = jax.tree.map(lambda a, p: 0.99 * a + 0.01 * p, average, theta)
         if "one_pass" in name:
+            if name.startswith("mixed"):
+                g = jax.tree.map(lambda g, m: (g + m / (1 - 0.9 ** (t + 1))) / 2, g, mean)  # noqa: B023
+            elif name.startswith("ahead"):
+                g = jax.tree.map(lambda g, before: 2 * g - before, g, before)
+            elif name.startswith("momentum"):
+                g = jax.tree.map(lambda m: 0.1 * m, trace)
             d = delta(g, radius(name, t + 1, len(rows)))
             params = jax.tree.map(jnp.add, theta, d)
     return average if name == "average" else theta
@@ -69,10 +94,17 @@ BY_HAND = [
     *("plain", "average", "sam", "late_sam", "monge_sam", "annealed_sam", "one_pass_sam"),
     *("one_pass_monge", "annealed_one_pass_sam", "annealed_one_pass_monge"),
 ]
+CURED_BY_HAND = [
+    *("cosine_one_pass_sam", "warm_one_pass_monge", "warm_annealed_one_pass_sam"),
+    *("momentum_one_pass_monge", "mixed_one_pass_sam", "ahead_one_pass_monge"),
+    "extra_one_pass_sam",
+]
 
 
-@pytest.mark.parametrize("doubled", [False, True])
-@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize(
+    ("name", "doubled"),
+    [*itertools.product(BY_HAND, (False, True)), *((name, True) for name in CURED_BY_HAND)],
+)
 def test_a_curve_is_that_of_a_loop(problem, name, doubled):
     rho = RHO if METHODS[name].has_radius else None
     curve = training.learn(problem, Cell(TASK, name, rho, doubled), 2, seed=5)
@@ -88,7 +120,10 @@ def test_a_curve_is_that_of_a_loop(problem, name, doubled):
     assert curve["train_loss"][-1] == pytest.approx(float(tasks.DIGITS.loss(expected, last)), 1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].has_radius])
+WITH_RADIUS = [name for name in MethodName.__args__ if METHODS[name].has_radius]
+
+
+@pytest.mark.parametrize("name", [*WITH_RADIUS, "against_momentum", "capped_one_pass_sam"])
 def test_every_method_at_a_tiny_radius_is_plain_training(problem, name):
     """Functional SAM too: its second gradient is the first one at radius zero."""
     plain = training.learn(problem, Cell(TASK, "plain", None), 2, seed=1)
@@ -96,7 +131,7 @@ def test_every_method_at_a_tiny_radius_is_plain_training(problem, name):
     np.testing.assert_allclose(curve["train_loss"], plain["train_loss"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].has_radius])
+@pytest.mark.parametrize("name", [*WITH_RADIUS, "against_momentum"])
 def test_every_method_perturbs(problem, name):
     plain = training.learn(problem, Cell(TASK, "plain", None), 2, seed=1)
     curve = training.learn(problem, Cell(TASK, name, 0.5), 2, seed=1)
@@ -119,7 +154,7 @@ def test_balls_are_of_the_same_euclidean_size(problem, name):
 
 
 def test_names_in_options_are_those_of_the_tables():
-    assert list(MethodName.__args__) == list(METHODS)
+    assert [*MethodName.__args__, *CureName.__args__] == list(METHODS)
     assert list(TaskName.__args__) == list(TASKS)
 
 
@@ -290,6 +325,13 @@ def test_options_that_cannot_be_used(options, message, capsys):
         __main__.main(["study", *options])
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_one_pass_is_a_word_for_all_that_may_mend_it():
+    methods = Study(methods=("average", "one-pass")).methods
+    assert methods == ("average", *GROUPS["one-pass"])
+    assert set(CureName.__args__) < set(methods) <= set(METHODS)
+    assert not set(CureName.__args__) & set(Study().methods)
 
 
 def test_presets():
