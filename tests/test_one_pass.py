@@ -1021,16 +1021,14 @@ def test_a_margin_is_kept_as_in_a_numpy_loop(x64, metric, base, direction, margi
 
 
 @pytest.mark.parametrize(("dtype", "floor"), [(jnp.float64, 1e-24), (jnp.float32, 1e-11)])
-@pytest.mark.parametrize("metric", ["euclidean", "monge"])
+@pytest.mark.parametrize("metric", [ms.euclidean(), ms.monge()], ids=["sam", "monge"])
 def test_with_a_margin_it_settles_in_the_valley_of_the_banana(x64, metric, dtype, floor):
     """And without it beside the valley; in float32 y stands still in the end, and stays there."""
     starts = jnp.asarray([[-3.0, 0.33], [-2.3, 1.0], [0.33, -1.0], [3.0, 2.3]], dtype)
 
     @functools.partial(jax.jit, static_argnums=0)
     def losses(margin):
-        tx = one_pass_sam(
-            optax.sgd(0.01), metric=METRICS[metric][0], rho=1.0, stability_margin=margin
-        )
+        tx = one_pass_sam(optax.sgd(0.01), metric=metric, rho=1.0, stability_margin=margin)
 
         def descend(start):
             move = lambda carry, _: (step(tx, *carry, jax.grad(banana)(carry[0])), None)  # noqa: E731
@@ -1039,7 +1037,7 @@ def test_with_a_margin_it_settles_in_the_valley_of_the_banana(x64, metric, dtype
 
         return jax.vmap(descend)(starts)
 
-    assert np.all(losses(None) > 0.01)
+    assert np.all(losses(None) > 0.1)
     assert np.all(losses(0.5) < floor)
 
 
