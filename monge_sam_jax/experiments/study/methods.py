@@ -13,7 +13,7 @@ from monge_sam_jax.ascent import friendly
 from monge_sam_jax.averaged import averaged_monge
 from monge_sam_jax.composite import layerwise
 from monge_sam_jax.experiments.common.data import Batch
-from monge_sam_jax.experiments.study.tasks import Kind
+from monge_sam_jax.experiments.study.kinds import Kind
 from monge_sam_jax.functional import functional_sam_value_and_grad
 from monge_sam_jax.geodesic import geodesic_perturbation
 from monge_sam_jax.metrics import Grads, Metric, Params, adaptive, euclidean, monge
