@@ -45,6 +45,7 @@ class Setting(NamedTuple):
       images: all of them.
       kind: of the problem.
       fresh: (size, samples, key) -> new params.
+      size: what decides how large the network is.
       copies: of every image on the way to a bad minimum; R in Liu et al.
       share: of the study's epochs, as what is larger is trained for fewer.
     """
@@ -52,6 +53,7 @@ class Setting(NamedTuple):
     images: Callable[[], Batch]
     kind: Kind
     fresh: Callable[[Size, Batch, jax.Array], chex.ArrayTree]
+    size: str = "width"
     copies: int = 20
     share: float = 1.0
 
@@ -233,6 +235,7 @@ RESNET_ON_DIGITS = Setting(
     digits,
     RESNET,
     lambda size, samples, key: _residual(size.channels).init(key, samples.x[:1]),
+    size="channels",
     copies=10,
     share=0.2,
 )

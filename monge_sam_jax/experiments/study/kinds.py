@@ -99,6 +99,7 @@ class Task(NamedTuple):
       kind: of its problems.
       learning_rate: of the base optimizer, before it is tuned.
       radii: the line of radii, as Euclidean lengths.
+      sizes: names of what of a size decides about it.
       epochs: size -> passes over the training set of a method with two gradients a step.
       methods: those that are compared where none are named, or None for all.
     """
@@ -107,6 +108,7 @@ class Task(NamedTuple):
     kind: Kind
     learning_rate: float
     radii: tuple[float, ...]
+    sizes: tuple[str, ...]
     epochs: Callable[[Size], int] = lambda size: size.epochs
     methods: tuple[str, ...] | None = None
 

@@ -89,8 +89,8 @@ PRESETS = {
         confusion_epochs=150,
         channels=8,
         text_width=32,
-        text_layers=2,
-        text_steps=300,
+        text_layers=1,
+        text_steps=200,
         radii=5,
         rates=(1.0,),
     ),
@@ -141,7 +141,7 @@ class Study(InFolderOfPreset):
         more do the first on MNIST and with a ResNet. label-noise-30 starts at random with 30 % of
         the labels drawn anew. regression is the temperature of a rod, where losses are tiny.
         forgetting is a language model of Python's standard library that is fine-tuned on English.
-      methods: What is compared with plain training; by default all, and eight of them on MNIST, the
+      methods: What is compared with plain training; by default all, and seven of them on MNIST, the
         ResNet and text.
       seeds: Number of seeds: of params, samples, labels and batches.
       seed: The first of them; the others follow it.

@@ -76,6 +76,9 @@ def _task(
     tuning = options.size.tuning_seeds
     cells = grid(options, task)
 
+    indifferent = set(Size._fields) - set(TASKS[task].sizes)
+    kept = functools.partial(store.kept, indifferent=indifferent)
+
     @functools.lru_cache(1)
     def problem(seed: int) -> Problem:
         return TASKS[task].make(seed, size)
@@ -89,9 +92,9 @@ def _task(
 
         def train(cell: Cell) -> Any:
             make = lambda: training.learn(problem(seed), cell, epochs, seed)  # noqa: E731
-            return store.kept(cell, seed, make)
+            return kept(cell, seed, make)
 
-        noted = store.kept((task, "start"), seed, notes)
+        noted = kept((task, "start"), seed, notes)
         return {name: float(value) for name, value in noted.items()}, train
 
     train = functools.partial(train_grid, begin=begin, start="start")
@@ -104,7 +107,7 @@ def _task(
         curves = {cell: [*tried[cell], *more[cell]] for cell in best}
     name = (task, "seconds", fingerprint({"methods": [cell.method for cell in best]}))
     make = lambda: training.measure_seconds(problem(seeds[-1]), best, epochs)  # noqa: E731
-    seconds = store.kept(name, seeds[-1], make)
+    seconds = kept(name, seeds[-1], make)
     runs = [
         {
             **cell._asdict(),

@@ -24,7 +24,7 @@ BYTES = 256
 LENGTH = 64  # of a window
 BATCH = 8  # windows
 WIDTH_OF_HEAD = 16
-UNSEEN = 64  # windows of each text for validation, and as many for tests
+UNSEEN = 32  # windows of each text for validation, and as many for tests
 HELD_OUT = 10  # one file, or topic, of so many
 
 LEARNING_RATE = 3e-3
@@ -179,7 +179,7 @@ TEXT = Kind(
     _logits,
     cross_entropy,
     lambda logits, y: -cross_entropy(logits, y),
-    "nats, less than none",
+    "-nats per byte",
     lambda score: -score,
     optax.adamw,
     BATCH,
