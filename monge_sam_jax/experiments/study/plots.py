@@ -12,10 +12,12 @@ from monge_sam_jax.experiments.study.statistics import profiles
 from monge_sam_jax.experiments.study.tasks import TASKS
 
 # What is drawn; the tables have all. A method in one pass has the colour of its two-pass form, and
-# dashes; with an annealed radius dots.
+# dashes; with an annealed radius dots; late in training alone both.
 STYLES: dict[str, tuple[str, Any]] = {
     "plain": (COLOURS["sgd"], "-"),
+    "average": (COLOURS["sgd"], "--"),
     "sam": (COLOURS["sam"], "-"),
+    "late_sam": (COLOURS["sam"], "-."),
     "one_pass_sam": (COLOURS["sam"], "--"),
     "annealed_one_pass_sam": (COLOURS["sam"], ":"),
     "monge_sam": (COLOURS["monge_sam"], "-"),

@@ -48,7 +48,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
             "",
         ]
         if entry["after"]:
-            lines += [" ".join(DEFINITION.split()), "", *_after(entry, verdicts=not reason), ""]
+            lines += [*forgetting(summary), ""]
     return "\n".join(lines)
 
 
@@ -104,6 +104,30 @@ def overview(summary: Mapping[str, Any], quantity: str = "over_plain") -> list[s
     return lines
 
 
+def forgetting(summary: Mapping[str, Any]) -> list[str]:
+    """What was measured after training on the old text.
+
+    Args:
+      summary: content of summary.json, with the task forgetting.
+
+    Returns:
+      Lines of Markdown: a definition, and a table of gains in all of it.
+    """
+    entry = summary["tasks"]["forgetting"]
+    verdicts = not report.too_little(summary["configuration"])
+    names = list(entry["rows"][0]["after"])
+    lines = [" ".join(DEFINITION.split()), "", *_head(["method", *names])]
+    for row in entry["rows"]:
+        cells = [
+            f"score {row['after'][name][-1]:.3f}"
+            if row["gains_after"][name] is None
+            else _gain(row["gains_after"][name], verdicts, _digits(entry))
+            for name in names
+        ]
+        lines.append(f"| {' | '.join([row['label'], *cells])} |")
+    return lines
+
+
 def _digits(entry: Mapping[str, Any]) -> int:
     return 1 if "%" in entry["unit"] else 3 if entry["after"] else 2
 
@@ -126,21 +150,6 @@ def _table(entry: Mapping[str, Any], *, verdicts: bool) -> list[str]:
         cells += [] if entry["after"] else [gain(row["equal_time"]), gain(row["stopped"])]
         cells.append(f"{row['time']:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def _after(entry: Mapping[str, Any], *, verdicts: bool) -> list[str]:
-    """Losses of plain training, and gains of the others, in all that was measured after it."""
-    names = list(entry["rows"][0]["after"])
-    lines = _head(["method", *names])
-    for row in entry["rows"]:
-        cells = [
-            f"{row['after'][name][-1]:.3f}"
-            if row["gains_after"][name] is None
-            else _gain(row["gains_after"][name], verdicts, _digits(entry))
-            for name in names
-        ]
-        lines.append(f"| {' | '.join([row['label'], *cells])} |")
     return lines
 
 

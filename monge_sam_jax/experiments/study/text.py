@@ -82,11 +82,9 @@ def forgetting(seed: int, size: Size) -> Problem:
     train = _windows(old, size.text_steps * BATCH, rng)
     validation, test = (_windows(old_unseen, UNSEEN, rng) for _ in range(2))
     tuning = max(EVALUATIONS, size.text_steps // 2) // EVALUATIONS * EVALUATIONS
-    later = Later(
-        _windows(new, tuning * BATCH, rng),
-        *(_windows(new_unseen, UNSEEN, rng) for _ in range(2)),
-        seed,
-    )
+    learnt = _windows(new, tuning * BATCH, rng)
+    new_validation, new_test = (_windows(new_unseen, UNSEEN, rng) for _ in range(2))
+    later = Later(learnt, new_validation, new_test, seed)
     params = _model(size.text_width, size.text_layers).init(jax.random.key(seed), train.x[:1])
     return Problem(params, train, validation, test, {}, later)
 
