@@ -14,7 +14,8 @@ from monge_sam_jax.ascent import friendly
 from monge_sam_jax.averaged import averaged_monge
 from monge_sam_jax.composite import layerwise
 from monge_sam_jax.experiments.common.data import Batch
-from monge_sam_jax.experiments.study.tasks import MOMENTUM, Kind
+from monge_sam_jax.experiments.study.images import MOMENTUM
+from monge_sam_jax.experiments.study.kinds import Kind
 from monge_sam_jax.functional import functional_sam_value_and_grad
 from monge_sam_jax.geodesic import geodesic_perturbation
 from monge_sam_jax.metrics import Grads, Metric, Params, adaptive, euclidean, monge
@@ -105,7 +106,7 @@ class Method(NamedTuple):
     """
 
     label: str
-    gradients: int
+    gradients: float
     build: Callable[[Setting], Trainer]
     has_radius: bool = True
 
@@ -172,7 +173,7 @@ def _extrapolated() -> optax.GradientTransformation:
 def _extra_gradient(metric: Metric) -> Callable[[Setting], Trainer]:
     """One pass whose direction is taken anew at every `EXTRA_EVERY`-th step, by a second gradient.
 
-    It stops as soon as it has taken as many gradients as others take steps.
+    That step follows the gradient at the worst step along the one that others follow.
     """
 
     def build(setting: Setting) -> Trainer:
@@ -188,13 +189,8 @@ def _extra_gradient(metric: Metric) -> Callable[[Setting], Trainer]:
                 delta = worst_case_perturbation(metric, grads, theta, setting.rho)
                 return setting.gradient(jax.tree.map(jnp.add, theta, delta), batch)
 
-            def step() -> tuple[Params, Any]:
-                g = jax.lax.cond(state.count % EXTRA_EVERY == 0, corrected, lambda: grads)
-                return one_pass.update(g, state, params, **extra)
-
-            taken = state.count + -(-state.count // EXTRA_EVERY)
-            stay = lambda: (optax.tree.zeros_like(params), state)  # noqa: E731
-            return jax.lax.cond(taken < setting.steps, step, stay)
+            g = jax.lax.cond(state.count % EXTRA_EVERY == 0, corrected, lambda: grads)
+            return one_pass.update(g, state, params, **extra)
 
         optimizer = optax.GradientTransformationExtraArgs(one_pass.init, update)
         return Trainer(optimizer, setting.gradient, unperturbed_params)
@@ -305,7 +301,7 @@ for _ball_name, _text, _alpha in (("sam", "SAM", 0.0), ("monge", "M-SAM", 1.0)):
             _one_pass(functools.partial(_options, alpha=_alpha)),
         )
     METHODS[f"extra_one_pass_{_ball_name}"] = Method(
-        f"one-pass {_text}, extra gradients", 1, _extra_gradient(_ball(_alpha))
+        f"one-pass {_text}, extra gradients", 1 + 1 / EXTRA_EVERY, _extra_gradient(_ball(_alpha))
     )
 METHODS["against_momentum"] = Method(
     "Momentum-SAM",
