@@ -144,10 +144,12 @@ def one_pass_sam(
 
     .. math:: \frac{\|\delta_{t+1}\|}{\|g_t\|} \le c \, \frac{\|y_t - y_{t-1}\|}{\|g_t - g_{t-1}\|}
 
-    so that theta goes on to the minimum. Base momentum lowers the edge (`stability` has it), and c
-    with it. This is for gradients of the whole data set: between mini-batches noise is taken for
-    curvature, and next to nothing is left of delta, nor of what it gains; no average over secants
-    that was tried did better. The state keeps y and g, two copies of the leaves that are perturbed.
+    from the second update on, of the leaves that are perturbed (along the momentum, with that for
+    :math:`g_t` on the left alone), so that theta goes on to the minimum. Where the base optimizer
+    has momentum, the edge is lower (`stability` has it), and c should be. It is for gradients of
+    the whole data set: between mini-batches noise is taken for curvature, and next to nothing is
+    left of delta, or of what it gains, which averages over secants did not mend. The state keeps y
+    and its gradient, two copies of these leaves.
 
     Nothing may come after it in `optax.chain`: an update moves the perturbation too. Clipping and
     the like go inside, or before it, where they shorten what the metric sees. What goes around an
@@ -181,9 +183,10 @@ def one_pass_sam(
     Raises:
       TypeError: an argument is of the wrong type; at `init`, a leaf is no float or complex array;
         at an update, a gradient is float0 or integer, or the state another optimizer's.
-      ValueError: rho is negative, NaN or infinite, or direction unknown; at `init`, the base
-        optimizer does not have one momentum, or is sharpness-aware itself; at an update, params are
-        missing or do not fit the gradient, the state is that of another mask, direction or metric,
+      ValueError: rho is negative, NaN or infinite, stability_margin that or zero, or direction
+        unknown; at `init`, the base optimizer does not have one momentum, or is sharpness-aware
+        itself; at an update, params are missing or do not fit the gradient, the state is that of
+        another mask, direction or metric, or of no stability_margin where there is one,
         or a link comes after it in a chain.
 
     References:
