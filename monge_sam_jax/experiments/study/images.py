@@ -234,7 +234,7 @@ MLP_ON_MNIST = Setting(mnist, DIGITS, _fresh_mlp, share=0.4)
 RESNET_ON_DIGITS = Setting(
     digits,
     RESNET,
-    lambda size, samples, key: _residual(size.channels).init(key, samples.x[:1]),
+    lambda size, samples, key: jax.jit(_residual(size.channels).init)(key, samples.x[:1]),
     size="channels",
     copies=10,
     share=0.2,

@@ -85,7 +85,8 @@ def forgetting(seed: int, size: Size) -> Problem:
     learnt = _windows(new, tuning * BATCH, rng)
     new_validation, new_test = (_windows(new_unseen, UNSEEN, rng) for _ in range(2))
     later = Later(learnt, new_validation, new_test, seed)
-    params = _model(size.text_width, size.text_layers).init(jax.random.key(seed), train.x[:1])
+    init = jax.jit(_model(size.text_width, size.text_layers).init)
+    params = init(jax.random.key(seed), train.x[:1])
     return Problem(params, train, validation, test, {}, later)
 
 

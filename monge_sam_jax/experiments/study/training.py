@@ -75,7 +75,7 @@ def learn(problem: Problem, cell: Cell, epochs: int, seed: int) -> dict[str, Any
 
     Returns:
       Of the numbers of steps "steps", the scores "validation" and "test", "train_loss" of the last
-      batch before; and of what comes after, if anything does, the curves by name "after".
+      batch before (of the first at the start); and of what comes after, if anything does, the curves by name "after".
     """
     kind = TASKS[cell.task].kind
     apart = steps_of(cell, problem, epochs)  # equal distances are compiled once
@@ -86,10 +86,11 @@ def learn(problem: Problem, cell: Cell, epochs: int, seed: int) -> dict[str, Any
     rows = shuffled_rows(len(problem.train.y), kind.batch_size, rng, passes)
     numbers, fixed = cell.numbers(at[-1]), cell.fixed
     carry = _begin(problem.params, *numbers, **fixed)
-    losses = [float(kind.loss(problem.params, problem.train))]
+    first = Batch(problem.train.x[rows[0]], problem.train.y[rows[0]])
+    losses = [float(_loss(problem.params, first, kind=kind))]
     scores = [_scores(carry, problem[:4], *numbers, **fixed)]
-    for first, last in itertools.pairwise(at):
-        carry, loss = _steps(carry, problem.train, rows[first:last], *numbers, **fixed)
+    for start, end in itertools.pairwise(at):
+        carry, loss = _steps(carry, problem.train, rows[start:end], *numbers, **fixed)
         losses.append(float(loss))
         scores.append(_scores(carry, problem[:4], *numbers, **fixed))
     validation, test = np.asarray(scores, float).T
@@ -153,6 +154,11 @@ def _trainer(
     shapes = jax.eval_shape(lambda: params)
     base = kind.optimizer(learning_rate)
     return METHODS[method].build(Setting(kind, base, rho, steps, shapes))
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def _loss(params: chex.ArrayTree, batch: Batch, *, kind: Kind) -> jax.Array:
+    return kind.loss(params, batch)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "method"))
