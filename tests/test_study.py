@@ -400,6 +400,7 @@ def test_a_radius_is_chosen_by_validation_alone():
     plain, sam = found["rows"]
     assert (found["trials"], found["tuned_on"]) == (2, 2)
     assert plain["over_plain"] is None
+    assert plain["at_the_end"]  # of its two learning rates
     assert (sam["rho"], sam["at_the_end"], sam["ends"]) == (0.1, False, [55, 55, 20])
     assert sam["over_plain"]["difference"] == pytest.approx((5 + 5 + 0) / 3)
     assert found["lines"] == {

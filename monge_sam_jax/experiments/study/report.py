@@ -20,7 +20,7 @@ is not open its sign says whether the method is better or worse. Equal time: the
 of ten evaluations where need be, when plain training ends; seconds of a step are medians of
 interleaved measurements, and a radius that falls to zero has not done so there. Stopped early: both
 are evaluated where their mean score on validation samples was best. A * marks a radius that is the
-largest of its line.
+largest of its line, or without one a learning rate that is at an end of its own.
 """
 DEFINITION = """
 Forgetting: a byte-level transformer learns the source of Python's standard library by a method, and
@@ -96,10 +96,9 @@ def overview(summary: Mapping[str, Any], quantity: str = "over_plain") -> list[s
             if row is None:
                 cells.append("")
             elif row[quantity] is None:
-                cells.append(f"score {report.estimate(row['test'], _digits(entry))}")
+                cells.append(f"score {report.estimate(row['test'], _digits(entry))}" + _star(row))
             else:
-                star = "*" * bool(row["at_the_end"])
-                cells.append(_gain(row[quantity], verdicts, _digits(entry)) + star)
+                cells.append(_gain(row[quantity], verdicts, _digits(entry)) + _star(row))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -142,8 +141,8 @@ def _table(entry: Mapping[str, Any], *, verdicts: bool) -> list[str]:
         cells = [
             row["label"],
             f"{row['gradients']:g}",
-            "" if row["rho"] is None else f"{row['rho']:g}" + "*" * bool(row["at_the_end"]),
-            f"{row['factor']:g}",
+            "" if row["rho"] is None else f"{row['rho']:g}{_star(row)}",
+            f"{row['factor']:g}" + _star(row) * (row["rho"] is None),
             report.estimate(row["test"], digits),
             gain(row["over_plain"]),
         ]
@@ -151,6 +150,10 @@ def _table(entry: Mapping[str, Any], *, verdicts: bool) -> list[str]:
         cells.append(f"{row['time']:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _star(row: Mapping[str, Any]) -> str:
+    return "*" * bool(row["at_the_end"])
 
 
 def _head(headers: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
+import jax
 import numpy as np
 
 from monge_sam_jax.experiments.common import report
@@ -92,7 +93,8 @@ def _task(
 
         def notes() -> dict[str, Any]:
             start = problem(seed)
-            return start.notes | {"test": float(TASKS[task].kind.measure(start.params, start.test))}
+            score = jax.jit(TASKS[task].kind.measure)(start.params, start.test)
+            return start.notes | {"test": float(score)}
 
         def train(cell: Cell) -> Any:
             make = lambda: training.learn(problem(seed), cell, epochs, seed)  # noqa: E731

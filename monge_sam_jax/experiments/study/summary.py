@@ -137,9 +137,12 @@ def _stop(runs: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _at_the_end(cell: Cell, tried: Curves) -> bool:
-    """Whether a larger radius might be better still, as none was tried."""
-    radii = [other.rho for other in tried if other.method == cell.method]
-    return cell.rho is not None and cell.rho == max(r for r in radii if r is not None)
+    """Whether something beyond its line might be better still, as it was not tried."""
+    others = [other for other in tried if other.method == cell.method]
+    if cell.rho is None:
+        factors = {other.factor for other in others}
+        return len(factors) > 1 and cell.factor in (min(factors), max(factors))
+    return cell.rho == max(other.rho for other in others if other.rho is not None)
 
 
 def _lines(tried: Curves, curves: Curves) -> dict[str, dict[str, Any]]:

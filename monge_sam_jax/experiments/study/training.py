@@ -75,7 +75,7 @@ def learn(problem: Problem, cell: Cell, epochs: int, seed: int) -> dict[str, Any
 
     Returns:
       Of the numbers of steps "steps", the scores "validation" and "test", "train_loss" of the last
-      batch before (of the first at the start); and of what comes after, if anything does, the curves by name "after".
+      batch before, or the first one; and if anything comes after, its curves by name "after".
     """
     kind = TASKS[cell.task].kind
     apart = steps_of(cell, problem, epochs)  # equal distances are compiled once
