@@ -27,8 +27,8 @@ class Secant(NamedTuple):
 
 def no_secant(params: PyTree) -> Secant:
     """That before the first gradient."""
-    zeros = [jax.tree.map(jnp.zeros_like, params) for _ in range(2)]
-    return Secant(*zeros, jnp.zeros((), working_dtype(params)))
+    point, gradient = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+    return Secant(point, gradient, jnp.zeros((), working_dtype(params)))
 
 
 def next_secant(secant: Secant, count: jax.Array, params: PyTree, grads: PyTree) -> Secant:

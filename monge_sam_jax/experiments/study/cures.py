@@ -133,7 +133,7 @@ def table(ends: AllEnds) -> str:
         for of in ends.values():
             rho = best_radius(of[method])
             gain = of[method][rho].gain
-            found = statistics.compare(gain, np.zeros_like(gain))
+            found = statistics.compare(gain.tolist(), [0.0] * len(gain))
             interval = f" ({found.low:+.1f} to {found.high:+.1f})" if len(gain) > 1 else ""
             cells.append(
                 f"{found.difference:+.1f}{interval}, {rho:g}, up to {harmless(of[method]):g}"

@@ -274,31 +274,31 @@ def _ball(alpha: float) -> Metric:
 
 
 # What may keep one pass from falling apart at large radii: text, and options by alpha.
-_CURES: dict[str, tuple[str, Callable[[Setting, float], dict[str, Any]]]] = {
-    "cosine": ("cosine", lambda s, alpha: {"metric": _ball(alpha), "rho": s.cosine}),
-    "warm": ("warm-up", lambda s, alpha: {"metric": _ball(alpha), "rho": s.warmed(s.rho)}),
+_CURES: dict[str, tuple[str, Callable[[float, Setting], dict[str, Any]]]] = {
+    "cosine": ("cosine", lambda alpha, s: {"metric": _ball(alpha), "rho": s.cosine}),
+    "warm": ("warm-up", lambda alpha, s: {"metric": _ball(alpha), "rho": s.warmed(s.rho)}),
     "warm_annealed": (
         "warm-up, annealed",
-        lambda s, alpha: {"metric": _ball(alpha), "rho": s.warmed(s.annealed)},
+        lambda alpha, s: {"metric": _ball(alpha), "rho": s.warmed(s.annealed)},
     ),
     "momentum": (
         "momentum",
         # A trace is 1 / (1 - MOMENTUM) times as long as gradients are.
-        lambda s, alpha: {"metric": _ball((1 - MOMENTUM) * alpha), "direction": "momentum"},
+        lambda alpha, s: {"metric": _ball((1 - MOMENTUM) * alpha), "direction": "momentum"},
     ),
     "mixed": (
         "mixed ascent",
-        lambda s, alpha: {"metric": _ball(alpha), "ascent": _mixed(MIX, MIX_DECAY)},
+        lambda alpha, s: {"metric": _ball(alpha), "ascent": _mixed(MIX, MIX_DECAY)},
     ),
-    "capped": ("capped", lambda s, alpha: {"metric": _ball(alpha), "stability_margin": MARGIN}),
-    "ahead": ("extrapolated", lambda s, alpha: {"metric": _ball(alpha), "ascent": _extrapolated()}),
+    "capped": ("capped", lambda alpha, s: {"metric": _ball(alpha), "stability_margin": MARGIN}),
+    "ahead": ("extrapolated", lambda alpha, s: {"metric": _ball(alpha), "ascent": _extrapolated()}),
 }
 for _ball_name, _text, _alpha in (("sam", "SAM", 0.0), ("monge", "M-SAM", 1.0)):
     for _name, (_cure, _options) in _CURES.items():
         METHODS[f"{_name}_one_pass_{_ball_name}"] = Method(
             f"one-pass {_text}, {_cure}",
             1,
-            _one_pass(functools.partial(_options, alpha=_alpha)),
+            _one_pass(functools.partial(_options, _alpha)),
         )
     METHODS[f"extra_one_pass_{_ball_name}"] = Method(
         f"one-pass {_text}, extra gradients", 1 + 1 / EXTRA_EVERY, _extra_gradient(_ball(_alpha))
