@@ -493,6 +493,21 @@ def test_one_pass_is_a_word_for_all_that_may_mend_it():
     assert {cell.method for cell in cells} == set(MethodName.__args__)
 
 
+def test_ends_are_compared_at_the_own_learning_rate_by_seed():
+    def cell(method, rho, factor, *ends):
+        runs = [{"test": [0.0, end], "validation": [0.0, end + 1]} for end in ends]
+        return {"method": method, "rho": rho, "factor": factor, "runs": runs}
+
+    cells = [
+        cell("plain", None, 10.0, 90.0, 90.0),
+        cell("plain", None, 1.0, 50.0, 60.0),
+        cell("one_pass_sam", 0.1, 10.0, 0.0),
+        cell("one_pass_sam", 0.1, 1.0, 53.0),  # from the first seed alone
+    ]
+    (line,) = cures.all_ends({TASK: cells})[TASK].values()
+    assert line == {0.1: cures.Ends(np.array([54.0]), np.array([3.0]))}
+
+
 def test_regrets_and_what_is_harmless():
     """Two tasks; by validation another radius is best for each, and 0.5 for both together."""
 

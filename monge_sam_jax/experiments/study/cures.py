@@ -22,7 +22,9 @@ DRAWN = {
     "{}": ("constant", COLOURS["sgd"], "-"),
     "annealed_{}": ("linear fall", COLOURS["monge_sam"], "-"),
     "cosine_{}": ("cosine fall", COLOURS["adamw"], "--"),
+    "warm_annealed_{}": ("warm-up, linear fall", COLOURS["fisher_sam"], "--"),
     "momentum_{}": ("along momentum", COLOURS["adaptive_sam"], "-."),
+    "ahead_{}": ("extrapolated", COLOURS["supremum"], "-."),
     "capped_{}": ("stability margin", COLOURS["sam"], ":"),
 }
 BALLS = {"one_pass_sam": "SAM", "one_pass_monge": "M-SAM"}
@@ -161,19 +163,23 @@ def cures_figure(ends: AllEnds) -> Figure:
         best = 1.0
         for axes, (ball, text) in zip(row, BALLS.items(), strict=True):
             for name, (label, colour, style) in DRAWN.items():
-                line = of.get(name.format(ball), {})
+                if not (line := of.get(name.format(ball))):
+                    continue
                 gains = [line[rho].gain for rho in sorted(line)]
                 mean = np.array([np.mean(gain) for gain in gains])
                 best = max([best, *mean])
                 look = {"color": colour, "label": label, "linewidth": 1.2}
                 (handles[label],) = axes.plot(sorted(line), mean, style, **look)
-                if gains and len(gains[0]) > 1:
+                if len(gains[0]) > 1:
                     several = True
                     error = np.array([np.std(g, ddof=1) / np.sqrt(len(g)) for g in gains])
                     limits = mean - error, mean + error
                     axes.fill_between(sorted(line), *limits, color=colour, alpha=0.15, linewidth=0)
             axes.axhline(0.0, color=COLOURS["sgd"], linewidth=0.6)
             axes.set_xscale("log")
+            radii = sorted({rho for line in of.values() for rho in line})
+            axes.set_xticks(radii, [f"{rho:g}" for rho in radii])
+            axes.minorticks_off()
             axes.set_title(f"{task}, {text}", fontsize=SMALL)
             axes.tick_params(labelsize=SMALL)
             axes.grid(alpha=0.2)
