@@ -45,7 +45,7 @@ def compare(options: Edges) -> dict[str, Any]:
         for rho in ((None,) if method.metric is None else options.rho)
     ]
     curves: dict[tuple[str, float | None], list[dict[str, np.ndarray]]] = {c: [] for c in cells}
-    with steps("", options.seeds * len(cells), unit="runs") as told:
+    with steps("", options.seeds * len(cells), unit="run") as told:
         for seed in range(options.seed, options.seed + options.seeds):
             told.begin(f"seed {seed}")
             problem = training.problem(seed, options)
