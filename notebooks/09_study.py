@@ -13,16 +13,14 @@
 # %% [markdown]
 # # Does it help, when plain training is given the same?
 #
-# `monge-sam study` compares sharpness-aware methods with plain training that takes as many
-# gradients, or as much time, and whose learning rate was tried as often as their radii were. This
-# page shows what it wrote (`summary.json`, kept beside it as `study.json`).
+# BELIEFS
 
 # %%
 import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from IPython.display import Markdown
+from IPython.display import Markdown, display
 
 from monge_sam_jax.experiments.common.plots import NOTEBOOK, band
 from monge_sam_jax.experiments.study.plots import draw_frontier, draw_gains
@@ -30,38 +28,41 @@ from monge_sam_jax.experiments.study.report import forgetting, overview, protoco
 
 # %matplotlib inline
 plt.rcParams.update(NOTEBOOK)
-summary = json.loads(Path("study.json").read_text())
+IMAGES, TEXT = json.loads(Path("study.json").read_text(encoding="utf-8"))
 
-Markdown(protocol(summary))
+
+def show(*lines):
+    display(Markdown("\n".join(lines)))
+
+
+show(protocol(IMAGES))
 
 # %% [markdown]
-# ## Verdicts
+# ## Images
 #
 # At equal gradients:
 
 # %%
-Markdown("\n".join(overview(summary)))
+show(*overview(IMAGES))
 
 # %% [markdown]
 # At equal time:
 
 # %%
-Markdown("\n".join(overview(summary, "equal_time")))
+show(*overview(IMAGES, "equal_time"))
 
 # %% [markdown]
-# And where both stop when their validation score is best, as practitioners do:
+# Where both stop when their validation score is best:
 
 # %%
-Markdown("\n".join(overview(summary, "stopped")))
+show(*overview(IMAGES, "stopped"))
 
 # %% [markdown]
-# ## By radius
-#
-# Gains over plain training on test samples, over the seeds that chose, at equal gradients.
+# By radius, on test samples, over the seeds that chose, at equal gradients:
 
 
 # %%
-def figure_of(task, draw, others=()):
+def figure_of(summary, task, draw, others=()):
     figure, axes = plt.subplots(figsize=(6, 2.6))
     draw(axes, summary["tasks"][task])
     axes.set_title(task)
@@ -70,8 +71,8 @@ def figure_of(task, draw, others=()):
     return axes
 
 
-for task, entry in summary["tasks"].items():
-    axes = figure_of(task, draw_gains, [band()])
+for task, entry in IMAGES["tasks"].items():
+    axes = figure_of(IMAGES, task, draw_gains, [band()])
     axes.set_xlabel(r"radius $\rho$")
     axes.set_ylabel(f"gain ({entry['unit']})")
     plt.show()
@@ -79,14 +80,18 @@ for task, entry in summary["tasks"].items():
 # %% [markdown]
 # ## Forgetting
 #
-# A language model learns code by each method, and then English by AdamW: loss on held-out text of
-# both, from the start of fine-tuning (right) to its end (the dots).
+# FORGET
 
 # %%
-axes = figure_of("forgetting", draw_frontier)
+show(*forgetting(TEXT))
+
+# %%
+axes = figure_of(TEXT, "forgetting", draw_frontier)
 axes.set_xlabel("loss on English (nats per byte)")
 axes.set_ylabel("loss on code")
 plt.show()
 
-# %%
-Markdown("\n".join(forgetting(summary)))
+# %% [markdown]
+# ## What was believed, and what came out
+#
+# OUT
