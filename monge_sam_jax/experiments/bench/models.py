@@ -12,12 +12,10 @@ from flax import linen as nn
 
 from monge_sam_jax.experiments.bench.options import SIZES
 from monge_sam_jax.experiments.common.data import Batch
-from monge_sam_jax.experiments.common.models import ResNet
+from monge_sam_jax.experiments.common.models import HEAD, ResNet, Transformer
 
 # Batch statistics and the like: all collections of a Flax model except its params.
 Stats: TypeAlias = chex.ArrayTree
-
-HEAD = "head"  # the layer of the logits, in every model
 
 
 class MLP(nn.Module):
@@ -35,32 +33,6 @@ class MLP(nn.Module):
         for _ in range(self.layers):
             x = nn.relu(nn.Dense(self.width, dtype=self.dtype, kernel_init=keep_size)(x))
         return nn.Dense(self.classes, dtype=self.dtype, name=HEAD)(x)
-
-
-class Transformer(nn.Module):
-    """A causal language model, normalised before every layer, as GPT-2 is."""
-
-    width: int
-    layers: int
-    heads: int
-    vocabulary: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits (n, length, vocabulary) of the next token at every place of tokens (n, length)."""
-        dense = functools.partial(nn.Dense, dtype=self.dtype)
-        norm = functools.partial(nn.LayerNorm, dtype=self.dtype)
-        n, length = tokens.shape
-        x = nn.Embed(self.vocabulary, self.width, dtype=self.dtype)(tokens)
-        x += nn.Embed(length, self.width, dtype=self.dtype)(jnp.arange(length))[None]
-        for _ in range(self.layers):
-            qkv = dense(3 * self.width, use_bias=False)(norm()(x))
-            q, k, v = jnp.moveaxis(qkv.reshape(n, length, 3, self.heads, -1), 2, 0)
-            attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-            x += dense(self.width)(attended.reshape(n, length, self.width))
-            x += dense(self.width)(nn.gelu(dense(4 * self.width)(norm()(x))))
-        return dense(self.vocabulary, name=HEAD, use_bias=False)(norm()(x))
 
 
 class Problem(NamedTuple):

@@ -1,12 +1,15 @@
 """Flax models that several commands train, without dropout."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
+
+HEAD = "head"  # the layer of the logits
 
 
 class MLP(nn.Module):
@@ -46,6 +49,7 @@ class ResNet(nn.Module):
       channels: of the first stage; every further one has twice as many, and half the resolution.
       blocks: number of blocks of two 3 x 3 convolutions, for every stage.
       dtype: of the computation.
+      norm: makes what takes the place of BatchNorm.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -60,13 +64,15 @@ class ResNet(nn.Module):
     channels: int = 64
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     dtype: Any = jnp.float32
+    norm: Callable[..., nn.Module] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits (n, classes) of the images (n, height, width) or (n, height, width, channels)."""
         training = self.is_mutable_collection("batch_stats")
         conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
-        norm = functools.partial(nn.BatchNorm, not training, momentum=0.9, dtype=self.dtype)
+        batch_norm = functools.partial(nn.BatchNorm, not training, momentum=0.9)
+        norm = functools.partial(self.norm or batch_norm, dtype=self.dtype)
         if x.ndim == 3:
             x = x[..., None]
         x = nn.relu(norm()(conv(self.channels, (3, 3))(x)))
@@ -79,4 +85,30 @@ class ResNet(nn.Module):
                 if x.shape != y.shape:
                     x = norm()(conv(channels, (1, 1), strides)(x))
                 x = nn.relu(x + y)
-        return nn.Dense(self.classes, dtype=self.dtype, name="head")(x.mean(axis=(1, 2)))
+        return nn.Dense(self.classes, dtype=self.dtype, name=HEAD)(x.mean(axis=(1, 2)))
+
+
+class Transformer(nn.Module):
+    """A causal language model, normalised before every layer, as GPT-2 is."""
+
+    width: int
+    layers: int
+    heads: int
+    vocabulary: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Logits (n, length, vocabulary) of the next token at every place of tokens (n, length)."""
+        dense = functools.partial(nn.Dense, dtype=self.dtype)
+        norm = functools.partial(nn.LayerNorm, dtype=self.dtype)
+        n, length = tokens.shape
+        x = nn.Embed(self.vocabulary, self.width, dtype=self.dtype)(tokens)
+        x += nn.Embed(length, self.width, dtype=self.dtype)(jnp.arange(length))[None]
+        for _ in range(self.layers):
+            qkv = dense(3 * self.width, use_bias=False)(norm()(x))
+            q, k, v = jnp.moveaxis(qkv.reshape(n, length, 3, self.heads, -1), 2, 0)
+            attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            x += dense(self.width)(attended.reshape(n, length, self.width))
+            x += dense(self.width)(nn.gelu(dense(4 * self.width)(norm()(x))))
+        return dense(self.vocabulary, name=HEAD, use_bias=False)(norm()(x))

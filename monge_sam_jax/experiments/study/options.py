@@ -16,7 +16,15 @@ from monge_sam_jax.experiments.common.options import (
 )
 
 TaskName = Literal[
-    "bad-minimum", "large-init", "label-noise-0", "label-noise-30", "label-noise-60", "regression"
+    "bad-minimum",
+    "bad-minimum-mnist",
+    "bad-minimum-resnet",
+    "large-init",
+    "label-noise-0",
+    "label-noise-30",
+    "label-noise-60",
+    "regression",
+    "forgetting",
 ]
 MethodName = Literal[
     "plain",
@@ -39,67 +47,170 @@ MethodName = Literal[
     "supremum",
     "spectral",
 ]
+CureName = Literal[
+    "cosine_one_pass_sam",
+    "warm_one_pass_sam",
+    "warm_annealed_one_pass_sam",
+    "momentum_one_pass_sam",
+    "mixed_one_pass_sam",
+    "capped_one_pass_sam",
+    "ahead_one_pass_sam",
+    "extra_one_pass_sam",
+    "cosine_one_pass_monge",
+    "warm_one_pass_monge",
+    "warm_annealed_one_pass_monge",
+    "momentum_one_pass_monge",
+    "mixed_one_pass_monge",
+    "capped_one_pass_monge",
+    "ahead_one_pass_monge",
+    "extra_one_pass_monge",
+    "against_momentum",
+]
+# A word for several names of --methods.
+GroupName = Literal["one-pass"]
+GROUPS = {
+    "one-pass": (
+        *("plain", "sam", "monge_sam", "one_pass_sam", "one_pass_monge"),
+        *("annealed_one_pass_sam", "annealed_one_pass_monge", *CureName.__args__),  # type: ignore[attr-defined]
+    )
+}
 
 
 class Preset(NamedTuple):
     """What a preset decides."""
 
     seeds: int
+    tuning_seeds: int
     width: int
     epochs: int
     confusion_epochs: int
+    channels: int
+    text_width: int
+    text_layers: int
+    text_steps: int
     radii: int
     rates: tuple[float, ...]
+    methods: tuple[MethodName, ...] = ()
 
 
 PRESETS = {
-    "smoke": Preset(2, width=16, epochs=2, confusion_epochs=1, radii=2, rates=(1.0,)),
-    "small": Preset(10, width=128, epochs=150, confusion_epochs=150, radii=5, rates=(1.0,)),
-    "full": Preset(10, width=256, epochs=400, confusion_epochs=150, radii=5, rates=(0.3, 1.0, 3.0)),
+    "smoke": Preset(
+        seeds=2,
+        tuning_seeds=1,
+        width=16,
+        epochs=2,
+        confusion_epochs=1,
+        channels=4,
+        text_width=16,
+        text_layers=1,
+        text_steps=10,
+        radii=2,
+        rates=(1.0,),
+        methods=("plain", "sam", "one_pass_monge"),
+    ),
+    "small": Preset(
+        seeds=10,
+        tuning_seeds=3,
+        width=128,
+        epochs=150,
+        confusion_epochs=150,
+        channels=8,
+        text_width=32,
+        text_layers=1,
+        text_steps=200,
+        radii=5,
+        rates=(1.0,),
+    ),
+    "full": Preset(
+        seeds=10,
+        tuning_seeds=3,
+        width=256,
+        epochs=400,
+        confusion_epochs=150,
+        channels=16,
+        text_width=256,
+        text_layers=4,
+        text_steps=4000,
+        radii=5,
+        rates=(0.3, 1.0, 3.0),
+    ),
 }
+MOST_FACTOR = 10.0  # of a learning rate, or one over it, where no radius is chosen
+
+
+def factors(trials: int) -> tuple[float, ...]:
+    """Of the learning rate, for methods that have no radius to choose: as many trials as others.
+
+    >>> factors(5), factors(2)
+    ((0.1, 0.316, 1.0, 3.16, 10.0), (0.1, 1.0))
+    """
+    if trials == 1:
+        return (1.0,)
+    powers = (place / (trials // 2) - 1 for place in range(trials))
+    return tuple(float(f"{MOST_FACTOR**power:.3g}") for power in powers)
 
 
 @presets_in_help(PRESETS)
 @dataclasses.dataclass(frozen=True)
 class Study(InFolderOfPreset):
-    """Ask whether sharpness-aware training helps, on several tasks, at equal numbers of gradients.
+    """Ask whether sharpness-aware training helps, on several tasks, at equal gradients and time.
 
-    Every method starts from the same params, sees the same batches, and has as many trials: the
-    radii of a line, from which the mean score on validation samples chooses over all seeds. Methods
-    of one gradient a step train for as many steps as those of two, and for twice as many. What is
-    finished is kept in the output folder: the same command goes on after an interruption, and with
-    more seeds.
+    Every method starts from the same params, sees the same batches, takes as many gradients and has
+    as many trials: radii of a line times learning rates, or learning rates alone where there is no
+    radius. The mean score on validation samples chooses, over the first seeds, and what is chosen
+    is trained from all seeds. What is finished is kept in the output folder: the same command goes
+    on after an interruption, and with more seeds; `--tasks` does a part.
 
     Attributes:
       preset: Sizes, which the options below change one by one.
       tasks: bad-minimum and large-init start where a network knows 500 images by heart and little
-        else, the first after learning noise (Liu et al. 2020), the second from large weights;
-        label-noise-30 starts at random with 30 % of the labels drawn anew; regression is the
-        temperature of a rod, where losses are tiny.
-      methods: What is compared with plain training.
+        else, the first after learning noise (Liu et al. 2020), the second from large weights; two
+        more do the first on MNIST and with a ResNet. label-noise-30 starts at random with 30 % of
+        the labels drawn anew. regression is the temperature of a rod, where losses are tiny.
+        forgetting is a language model of Python's standard library that is fine-tuned on English.
+      methods: What is compared with plain training; by default all, and seven of them on MNIST, the
+        ResNet and text. Beyond the defaults, one-pass stands for all that may keep one pass from
+        falling apart at large radii: schedules of the radius, other directions, a margin of
+        stability, a second gradient at every fourth step.
       seeds: Number of seeds: of params, samples, labels and batches.
       seed: The first of them; the others follow it.
+      tuning_seeds: How many of them choose.
       rho: Radii in place of each task's line, as Euclidean lengths.
-      rates: Factors of the baseline's learning rate, tried with every radius.
+      rates: Factors of the learning rate, tried with every radius.
       width: Units of a hidden layer.
       epochs: Passes over the training set of a method with two gradients a step.
       confusion_epochs: Passes over the spoilt copies, for bad-minimum.
-      output: Folder for results.json, study.md, study.png, profiles.png and what is finished.
+      channels: Of the ResNet's first stage.
+      text_width: Of the language model.
+      text_layers: Of it.
+      text_steps: Of its training by a method with two gradients a step.
+      output: Folder for summary.json, results.json, study.md, figures and what is finished.
       overwrite: Write over the results of other options, if the output folder has some.
     """
 
     preset: Literal["smoke", "small", "full"] = "small"
     tasks: tuple[TaskName, ...] = TaskName.__args__  # type: ignore[attr-defined]
-    methods: tuple[MethodName, ...] = MethodName.__args__  # type: ignore[attr-defined]
+    methods: tuple[MethodName | CureName | GroupName, ...] = ()
     seeds: int | None = None
     seed: int = 0
+    tuning_seeds: int | None = None
     rho: tuple[float, ...] = ()
     rates: tuple[float, ...] = ()
     width: int | None = None
     epochs: int | None = None
     confusion_epochs: int | None = None
+    channels: int | None = None
+    text_width: int | None = None
+    text_layers: int | None = None
+    text_steps: int | None = None
     output: Path = Path("runs", "study", PRESET)
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Resolves the default folder, and groups of methods."""
+        super().__post_init__()
+        names = [name for word in self.methods for name in GROUPS.get(word, (word,))]
+        object.__setattr__(self, "methods", tuple(names))
 
     @property
     def size(self) -> Preset:
@@ -113,13 +224,17 @@ class Study(InFolderOfPreset):
 
     def check(self) -> None:
         """Raises an InputError where an option cannot be used."""
-        for name in ("tasks", "methods"):
-            check_list(name, getattr(self, name), "name")
-        if "plain" not in self.methods:
+        check_list("tasks", self.tasks, "name")
+        check_list("methods", self.methods, "name", may_be_empty=True)
+        if self.methods and "plain" not in self.methods:
             raise InputError("--methods needs plain too, with which the others are compared")
         for name in ("rho", "rates"):
             check_list(name, getattr(self, name), "number", may_be_empty=True)
             check_numbers({name: getattr(self, name)}, positive=True)
-        counts = ("seeds", "width", "epochs", "confusion_epochs")
-        check_counts({name: getattr(self, name) for name in counts})
+        own = ("radii", "rates", "methods")
+        check_counts({name: getattr(self, name) for name in Preset._fields if name not in own})
         check_seed(self.seed)
+        if self.size.channels % 4:
+            raise InputError(
+                f"--channels must be a multiple of 4, for its groups, got {self.channels}"
+            )

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from monge_sam_jax.experiments.common.plots import COLOURS, FONT_SIZE, SMALL, band, blank_figure
@@ -11,10 +12,12 @@ from monge_sam_jax.experiments.study.statistics import profiles
 from monge_sam_jax.experiments.study.tasks import TASKS
 
 # What is drawn; the tables have all. A method in one pass has the colour of its two-pass form, and
-# dashes; with an annealed radius dots.
+# dashes; with an annealed radius dots; late in training alone both.
 STYLES: dict[str, tuple[str, Any]] = {
     "plain": (COLOURS["sgd"], "-"),
+    "average": (COLOURS["sgd"], "--"),
     "sam": (COLOURS["sam"], "-"),
+    "late_sam": (COLOURS["sam"], "-."),
     "one_pass_sam": (COLOURS["sam"], "--"),
     "annealed_one_pass_sam": (COLOURS["sam"], ":"),
     "monge_sam": (COLOURS["monge_sam"], "-"),
@@ -25,71 +28,109 @@ STYLES: dict[str, tuple[str, Any]] = {
 RATIOS = np.geomspace(1, 4, 100)
 
 
-def study_figure(results: Mapping[str, Any]) -> Figure:
+def study_figure(summary: Mapping[str, Any]) -> Figure:
     """Gains over plain training against the radius, a panel for each task, at equal gradients.
 
     Args:
-      results: content of the results.json of `monge-sam study`.
+      summary: content of the summary.json of `monge-sam study`.
 
     Returns:
-      The figure: means of paired differences, in bands of one standard error.
+      The figure: means of paired differences over the seeds that choose, in bands of one standard
+      error.
     """
-    tasks = results["tasks"]
+    tasks = summary["tasks"]
     columns = min(2, len(tasks))
     lines = -(-len(tasks) // columns)
     figure = blank_figure(1.1 + 1.7 * lines)
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, (task, entry) in zip(panels, tasks.items(), strict=False):
-        curves = [curve for name in STYLES if (curve := _draw(axes, entry, name))]
-        best = max([0.0, *(max(curve) for curve in curves)])
-        lowest = min([0.0, *(min(curve) for curve in curves)])
-        # So that what falls apart at large radii does not flatten the rest.
-        first = min([0.0, *(curve[0] for curve in curves)])
-        bottom = max(lowest, -max(best, -2 * first))
-        margin = 0.1 * (best - bottom) or 1.0
-        axes.set_ylim(bottom - margin, best + margin)
-        axes.axhline(0.0, color=COLOURS["sgd"], linewidth=1.2, label="plain")
-        axes.set_xscale("log")
+        draw_gains(axes, entry)
         axes.set_title(f"{task}, in {entry['unit']}", fontsize=SMALL)
         axes.set_ylabel("gain over plain", fontsize=SMALL)
         axes.tick_params(labelsize=SMALL)
-        axes.grid(alpha=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(tasks) :]:
         axes.set_axis_off()
     for axes in panels[max(0, len(tasks) - columns) : len(tasks)]:
         axes.set_xlabel(r"radius $\rho$", fontsize=FONT_SIZE)
-    several = results["configuration"]["seeds"] > 1
+    several = any(entry["tuned_on"] > 1 for entry in tasks.values())
     _legend(figure, panels[0], [band()] * several)
     return figure
 
 
-def profiles_figure(results: Mapping[str, Any]) -> Figure:
+def draw_gains(axes: Axes, entry: Mapping[str, Any]) -> None:
+    """Draws the gains of a task against the radius.
+
+    Args:
+      axes: where.
+      entry: of the task in summary.json.
+    """
+    curves = [curve for name in STYLES if (curve := _draw(axes, entry, name))]
+    best = max([0.0, *(max(curve) for curve in curves)])
+    lowest = min([0.0, *(min(curve) for curve in curves)])
+    # So that what falls apart at large radii does not flatten the rest.
+    first = min([0.0, *(curve[0] for curve in curves)])
+    bottom = max(lowest, -max(best, -2 * first))
+    margin = 0.1 * (best - bottom) or 1.0
+    axes.set_ylim(bottom - margin, best + margin)
+    axes.axhline(0.0, color=COLOURS["sgd"], linewidth=1.2, label="plain")
+    axes.set_xscale("log")
+    axes.grid(alpha=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw(axes: Axes, entry: Mapping[str, Any], name: str) -> list[float]:
+    """The mean gains of a method by radius, of those that are finite."""
+    if name not in entry["lines"]:
+        return []
+    line = entry["lines"][name]
+    gains = np.array(line["gains"], float)
+    mean, (colour, style) = gains.mean(1), STYLES[name]
+    axes.plot(
+        line["rho"], mean, color=colour, linestyle=style, label=_label(entry, name), linewidth=1.2
+    )
+    if gains.shape[1] > 1:
+        error = gains.std(1, ddof=1) / np.sqrt(gains.shape[1])
+        axes.fill_between(
+            line["rho"], mean - error, mean + error, color=colour, alpha=0.15, linewidth=0
+        )
+    return [float(x) for x in mean if np.isfinite(x)]
+
+
+def _label(entry: Mapping[str, Any], name: str) -> str:
+    return next(row["label"] for row in entry["rows"] if row["method"] == name)
+
+
+def profiles_figure(summary: Mapping[str, Any]) -> Figure:
     """For every method the part of tasks and seeds where its error is near the best one's.
 
     Args:
-      results: content of the results.json of `monge-sam study`.
+      summary: content of the summary.json of `monge-sam study`.
 
     Returns:
-      The figure: radii are chosen by validation samples, and gradients are equal.
+      The figure: of the methods that all tasks have, at equal gradients.
     """
     figure = blank_figure(3.2)
     axes = figure.subplots()
-    errors: dict[str, list[np.ndarray]] = {}
-    for task, entry in results["tasks"].items():
-        for row in entry["rows"]:
-            if row["gradients"] == 2 and row["method"] in STYLES:
-                scores = _ends(_cell_of(entry, row), "test")
-                errors.setdefault(row["method"], []).append(TASKS[task].kind.error(scores))
-    stacked = {name: np.concatenate(parts) for name, parts in errors.items()}
-    for name, profile in profiles(stacked, RATIOS).items():
-        colour, style = STYLES[name]
-        label = next(
-            row["label"]
-            for entry in results["tasks"].values()
-            for row in entry["rows"]
-            if row["method"] == name
+    entries = summary["tasks"]
+    names = [
+        name
+        for name in STYLES
+        if all(name in (row["method"] for row in entry["rows"]) for entry in entries.values())
+    ]
+    errors = {
+        name: np.concatenate(
+            [
+                TASKS[task].kind.error(np.array(row["ends"], float))
+                for task, entry in entries.items()
+                for row in entry["rows"]
+                if row["method"] == name
+            ]
         )
+        for name in names
+    }
+    for name, profile in profiles(errors, RATIOS).items():
+        colour, style = STYLES[name]
+        label = _label(next(iter(entries.values())), name)
         axes.plot(RATIOS, 100 * profile, color=colour, linestyle=style, label=label, linewidth=1.2)
     axes.set_xlabel("error, over that of the best method", fontsize=FONT_SIZE)
     axes.set_ylabel("tasks and seeds (%)", fontsize=FONT_SIZE)
@@ -100,30 +141,41 @@ def profiles_figure(results: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _draw(axes: Any, entry: Mapping[str, Any], name: str) -> list[float]:
-    """The mean gains of a method by radius."""
-    cells = [c for c in entry["cells"] if c["gradients"] == 2 and c["factor"] == 1]
-    plain = next(_ends(c, "test") for c in cells if c["method"] == "plain")
-    cells = [c for c in cells if c["method"] == name and c["rho"] is not None]
-    if not cells:
-        return []
-    gains = np.array([_ends(cell, "test") - plain for cell in cells])
-    mean, (colour, style) = gains.mean(1), STYLES[name]
-    rho = [cell["rho"] for cell in cells]
-    axes.plot(rho, mean, color=colour, linestyle=style, label=cells[0]["label"], linewidth=1.2)
-    if gains.shape[1] > 1:
-        error = gains.std(1, ddof=1) / np.sqrt(gains.shape[1])
-        axes.fill_between(rho, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
-    return mean.tolist()
+def frontier_figure(summary: Mapping[str, Any]) -> Figure:
+    """Loss on the old text against that on the new one, while the new one is learnt.
+
+    Args:
+      summary: content of the summary.json of `monge-sam study`, with the task forgetting.
+
+    Returns:
+      The figure: means over seeds, from right to left; lower and further left is better.
+    """
+    figure = blank_figure(3.4)
+    axes = figure.subplots()
+    draw_frontier(axes, summary["tasks"]["forgetting"])
+    axes.set_xlabel("loss on the new text (nats per byte)", fontsize=FONT_SIZE)
+    axes.set_ylabel("loss on the old text", fontsize=FONT_SIZE)
+    axes.tick_params(labelsize=SMALL)
+    _legend(figure, axes)
+    return figure
 
 
-def _cell_of(entry: Mapping[str, Any], row: Mapping[str, Any]) -> Mapping[str, Any]:
-    keys = ("method", "rho", "gradients", "factor")
-    return next(c for c in entry["cells"] if all(c[key] == row[key] for key in keys))
+def draw_frontier(axes: Axes, entry: Mapping[str, Any]) -> None:
+    """Draws both losses of a task that goes on after training.
 
-
-def _ends(cell: Mapping[str, Any], quantity: str) -> np.ndarray:
-    return np.array([curve[-1] for curve in cell[quantity]], float)
+    Args:
+      axes: where.
+      entry: of the task in summary.json.
+    """
+    for row in entry["rows"]:
+        if row["method"] in STYLES:
+            colour, style = STYLES[row["method"]]
+            new, old = (-np.array(row["after"][name], float) for name in ("new", "old"))
+            label = row["label"]
+            axes.plot(new, old, color=colour, linestyle=style, label=label, linewidth=1.2)
+            axes.plot(new[-1:], old[-1:], color=colour, marker="o", markersize=3)
+    axes.grid(alpha=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _legend(figure: Figure, axes: Any, others: Sequence[Any] = ()) -> None:

@@ -1,73 +1,170 @@
 """The tables of `monge-sam study`."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from monge_sam_jax.experiments.common import report
 
+# All of it was settled before the runs whose results it is printed above.
 PROTOCOL = """
-Protocol, written before the runs. Every method starts from the same params and sees the same
-batches in the same order; {seeds}. The radius (and the factor of the learning rate, if there are
-several) is the one with the best mean score on validation samples; reported is the score on test
-samples at the end of training. Methods of one gradient a step are trained for as many steps as
-those of two (1 in the column of gradients), and for twice as many (2): there all have taken as many
-gradients, but for those of more than two a step.
-Differences are paired by seed, with bootstrap intervals of 95 %; a verdict needs a sign-flip test
-below 5 % after Holm's correction for all methods of a task at the same number of gradients. Time
-is that of the steps in this run, over that of plain training of the same number of steps.
+Protocol. Every method starts from the same params, sees the same batches in the same order, and
+takes as many gradients: one of g gradients a step trains for 1 / g of the steps of plain training.
+{trials} a method, chosen by the mean score on validation samples at the end, over {tuned};
+each is a radius times a learning rate ({rates} times the task's), and where there is no radius
+(plain training, averaged weights) a learning rate from a tenth to ten times the task's. What is
+chosen is trained from {seeds}, and its score is that on test samples. Gains are over plain
+training, paired by seed, with bootstrap intervals of 95 %. A gain is called open unless a
+sign-flip test is below 5 % after Holm's correction for all methods of a column and task; where it
+is not open its sign says whether the method is better or worse. Equal time: the score, between two
+of ten evaluations where need be, when plain training ends; seconds of a step are medians of
+interleaved measurements, and a radius that falls to zero has not done so there. Stopped early: both
+are evaluated where their mean score on validation samples was best. A * marks a radius that is the
+largest of its line, or without one a learning rate that is at an end of its own.
+"""
+DEFINITION = """
+Forgetting: a byte-level transformer learns the source of Python's standard library by a method, and
+then its English reference by AdamW, the same for all. Scores are losses on held-out windows, in
+nats per byte with the other sign, after that: the mean of both texts ("both", which chooses), the
+old and the new one, the old one before it, and after it with weights rounded to 8 or 4 bits or with
+noise.
 """
 
 
-def markdown(results: Mapping[str, Any]) -> str:
-    """The protocol, and a table for each task.
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The protocol, gains over all tasks, and a table for each of them.
 
     Args:
-      results: content of results.json.
+      summary: content of summary.json.
     """
-    configuration = results["configuration"]
-    seeds = report.count(configuration["seeds"], "seed")
-    reason = report.too_little(configuration)
-    lines = [" ".join(PROTOCOL.format(seeds=seeds).split()), ""]
-    if reason:
-        lines += [reason, ""]
-    for task, entry in results["tasks"].items():
+    reason = report.too_little(summary["configuration"])
+    lines = [protocol(summary), "", *([reason, ""] if reason else []), *overview(summary), ""]
+    for task, entry in summary["tasks"].items():
         lines += [
             f"**{task}** ({entry['unit']}; start {report.estimate(entry['start'])}, "
-            f"{report.count(entry['steps'], 'step')} and twice as many)",
+            f"{report.count(entry['steps'], 'step')} of plain training)",
             "",
             *_table(entry, verdicts=not reason),
             "",
         ]
+        if entry["after"]:
+            lines += [*forgetting(summary), ""]
     return "\n".join(lines)
 
 
-def _table(entry: Mapping[str, Any], *, verdicts: bool) -> list[str]:
-    headers = ["method", "gradients", "rho", "test", "at rho = 0.05", "over plain", "time"]
-    headers += ["verdict"] * verdicts
-    lines = [f"| {' | '.join(headers)} |", "|---" * len(headers) + "|"]
-    for row in entry["rows"]:
-        cells = [
-            row["label"],
-            str(row["gradients"]),
-            "" if row["rho"] is None else f"{row['rho']:g}",
-            report.estimate(row["test"], 2),
-            report.estimate(row["at_default"], 2) if row["at_default"] else "",
-            _difference(row["over_plain"]),
-            f"{row['time']:.1f}",
-        ]
-        cells += [_verdict(row["over_plain"])] * verdicts
+def protocol(summary: Mapping[str, Any]) -> str:
+    """What was decided before the runs."""
+    configuration = summary["configuration"]
+    rates = configuration["rates"]
+    tuned = min(configuration["tuning_seeds"], configuration["seeds"])
+    counts = {entry["trials"] for entry in summary["tasks"].values()}
+    trials = " or ".join(map(str, sorted(counts)))
+    return " ".join(
+        PROTOCOL.format(
+            trials=f"{trials} trial{'s' * (counts != {1})}",
+            tuned="the first seed" if tuned == 1 else f"the first {tuned} seeds",
+            rates=" ".join(f"{rate:g}" for rate in rates),
+            seeds=report.count(configuration["seeds"], "seed"),
+        ).split()
+    )
+
+
+def overview(summary: Mapping[str, Any], quantity: str = "over_plain") -> list[str]:
+    """Gains of all methods on all tasks, a column for each task.
+
+    Args:
+      summary: content of summary.json.
+      quantity: which gain: over_plain, equal_time or stopped.
+
+    Returns:
+      Lines of Markdown.
+    """
+    verdicts = not report.too_little(summary["configuration"])
+    tasks = {
+        task: entry
+        for task, entry in summary["tasks"].items()
+        if any(row.get(quantity) for row in entry["rows"])
+    }
+    if not tasks:
+        return []
+    labels = {row["method"]: row["label"] for entry in tasks.values() for row in entry["rows"]}
+    lines = [f"| gain over plain training | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
+    for method, label in labels.items():
+        cells = [label]
+        for entry in tasks.values():
+            row = next((row for row in entry["rows"] if row["method"] == method), None)
+            if row is None:
+                cells.append("")
+            elif row[quantity] is None:
+                cells.append(f"score {report.estimate(row['test'], _digits(entry))}" + _star(row))
+            else:
+                cells.append(_gain(row[quantity], verdicts, _digits(entry)) + _star(row))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _difference(comparison: Mapping[str, Any] | None) -> str:
+def forgetting(summary: Mapping[str, Any]) -> list[str]:
+    """What was measured after training on the old text.
+
+    Args:
+      summary: content of summary.json, with the task forgetting.
+
+    Returns:
+      Lines of Markdown: a definition, and a table of gains in all of it.
+    """
+    entry = summary["tasks"]["forgetting"]
+    verdicts = not report.too_little(summary["configuration"])
+    names = list(entry["rows"][0]["after"])
+    lines = [" ".join(DEFINITION.split()), "", *_head(["method", *names])]
+    for row in entry["rows"]:
+        cells = [
+            f"score {row['after'][name][-1]:.3f}"
+            if row["gains_after"][name] is None
+            else _gain(row["gains_after"][name], verdicts, _digits(entry))
+            for name in names
+        ]
+        lines.append(f"| {' | '.join([row['label'], *cells])} |")
+    return lines
+
+
+def _digits(entry: Mapping[str, Any]) -> int:
+    return 1 if "%" in entry["unit"] else 3 if entry["after"] else 2
+
+
+def _table(entry: Mapping[str, Any], *, verdicts: bool) -> list[str]:
+    digits = _digits(entry)
+    gain: Callable[[Any], str] = functools.partial(_gain, verdicts=verdicts, digits=digits)
+    headers = ["method", "gradients a step", "rho", "rate", "test", "at equal gradients"]
+    headers += [] if entry["after"] else ["at equal time", "stopped early"]
+    lines = _head([*headers, "time of a step"])
+    for row in entry["rows"]:
+        cells = [
+            row["label"],
+            f"{row['gradients']:g}",
+            "" if row["rho"] is None else f"{row['rho']:g}{_star(row)}",
+            f"{row['factor']:g}" + _star(row) * (row["rho"] is None),
+            report.estimate(row["test"], digits),
+            gain(row["over_plain"]),
+        ]
+        cells += [] if entry["after"] else [gain(row["equal_time"]), gain(row["stopped"])]
+        cells.append(f"{row['time']:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _star(row: Mapping[str, Any]) -> str:
+    return "*" * bool(row["at_the_end"])
+
+
+def _head(headers: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(headers)} |", "|---" * len(headers) + "|"]
+
+
+def _gain(comparison: Mapping[str, Any] | None, verdicts: bool, digits: int) -> str:
     if comparison is None:
         return ""
     if comparison["difference"] is None:
         return "diverged"
-    low, high = comparison["low"], comparison["high"]
-    return f"{comparison['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
-
-
-def _verdict(comparison: Mapping[str, Any] | None) -> str:
-    return "" if comparison is None else comparison["verdict"]
+    mean, low, high = (f"{comparison[name]:+.{digits}f}" for name in ("difference", "low", "high"))
+    is_open = verdicts and comparison["verdict"] == "open"
+    return f"{'open: ' * is_open}{mean} ({low}, {high})"

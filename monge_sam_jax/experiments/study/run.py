@@ -1,26 +1,29 @@
-"""`monge-sam study`: every task with every method, radius and seed."""
+"""`monge-sam study`: every task with every method, radius, learning rate and seed."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
 
+import jax
 import numpy as np
 
 from monge_sam_jax.experiments.common import report
 from monge_sam_jax.experiments.common.grid import train_grid
-from monge_sam_jax.experiments.common.kept import Store
+from monge_sam_jax.experiments.common.kept import Store, fingerprint
 from monge_sam_jax.experiments.common.progress import Steps
-from monge_sam_jax.experiments.study import statistics, training
+from monge_sam_jax.experiments.study import training
+from monge_sam_jax.experiments.study.cures import all_ends, cures_figure, table
+from monge_sam_jax.experiments.study.kinds import Problem, Size
 from monge_sam_jax.experiments.study.methods import METHODS
-from monge_sam_jax.experiments.study.options import Study
-from monge_sam_jax.experiments.study.plots import profiles_figure, study_figure
+from monge_sam_jax.experiments.study.options import CureName, MethodName, Study, factors
+from monge_sam_jax.experiments.study.plots import frontier_figure, profiles_figure, study_figure
 from monge_sam_jax.experiments.study.report import markdown
-from monge_sam_jax.experiments.study.tasks import TASKS, Problem, Size
+from monge_sam_jax.experiments.study.summary import Curves, chosen, summarise
+from monge_sam_jax.experiments.study.tasks import TASKS
 from monge_sam_jax.experiments.study.training import Cell
 
-DEFAULT_RHO = 0.05
-Curves = dict[Cell, list[Mapping[str, Any]]]
+SUMMARY = "summary.json"
 
 
 def run(options: Study) -> None:
@@ -38,133 +41,92 @@ def run(options: Study) -> None:
     report.prepare_output(options.output, configuration, options.overwrite, may_grow=True)
     decisive = {name: getattr(size, name) for name in Size._fields}
     store = Store(options.output, decisive)
-    tasks: dict[str, Any] = {}
-    for task in options.tasks:
-        cells = grid(options, task)
-        begin = functools.partial(_begin, Size(**decisive), store, task)
-        seeds = range(options.seed, options.seed + size.seeds)
-        starts, curves = train_grid(seeds, cells, begin, start="start", label=task)
-        tasks[task] = summarise(task, starts, curves)
-    results = report.jsonable(
-        {"configuration": configuration, **report.environment(), "tasks": tasks}
-    )
-    files = {
-        "study.md": markdown(results),
-        "study.png": study_figure(results),
-        "profiles.png": profiles_figure(results),
+    done = {task: _task(options, Size(**decisive), store, task) for task in options.tasks}
+    tasks = {task: summarised for task, (_, summarised) in done.items()}
+    about = {"configuration": configuration, **report.environment()}
+    summary = report.jsonable({**about, "tasks": tasks})
+    results = report.jsonable({**about, "runs": {task: runs for task, (runs, _) in done.items()}})
+    files: dict[str, Any] = {
+        "study.md": markdown(summary),
+        "study.png": study_figure(summary),
+        "profiles.png": profiles_figure(summary),
     }
-    report.publish(options.output, {report.RESULTS: results, **files})
+    if any(entry["after"] for entry in tasks.values()):
+        files["frontier.png"] = frontier_figure(summary)
+    if set(options.methods) & set(get_args(CureName)):
+        ends = all_ends(results["runs"])
+        files |= {"cures.md": table(ends), "cures.png": cures_figure(ends)}
+    report.publish(options.output, {SUMMARY: summary, report.RESULTS: results, **files})
 
 
 def grid(options: Study, task: str) -> list[Cell]:
-    """The cells of a task."""
+    """The cells of a task: as many for every method."""
+    default = options.size.methods or TASKS[task].methods or get_args(MethodName)
+    radii, rates = options.radii(TASKS[task].radii), options.size.rates
     cells = []
-    for name in options.methods:
-        method = METHODS[name]
-        radii = options.radii(TASKS[task].radii) if method.has_radius else (None,)
-        for doubled in (False, True) if method.gradients == 1 else (False,):
-            cells += [
-                Cell(task, name, rho, doubled, rate) for rho in radii for rate in options.size.rates
-            ]
+    for name in options.methods or default:
+        if METHODS[name].has_radius:
+            cells += [Cell(task, name, rho, rate) for rho in radii for rate in rates]
+        else:
+            cells += [Cell(task, name, None, rate) for rate in factors(len(radii) * len(rates))]
     return cells
 
 
-def _begin(
-    size: Size, store: Store, task: str, seed: int, told: Steps
-) -> tuple[dict[str, float], Callable[[Cell], Any]]:
-    """What was measured on the way to the start of a seed, and what trains a cell from there."""
-    del told
+def _task(
+    options: Study, size: Size, store: Store, task: str
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All runs of a task, and its aggregates."""
+    epochs = TASKS[task].epochs(size)
+    seeds = range(options.seed, options.seed + options.size.seeds)
+    tuning = options.size.tuning_seeds
+    cells = grid(options, task)
 
-    @functools.cache
-    def problem() -> Problem:
+    indifferent = set(Size._fields) - set(TASKS[task].sizes)
+    kept = functools.partial(store.kept, indifferent=indifferent)
+
+    @functools.lru_cache(1)
+    def problem(seed: int) -> Problem:
         return TASKS[task].make(seed, size)
 
-    def notes() -> dict[str, Any]:
-        start = problem()
-        score = float(TASKS[task].kind.measure(start.params, start.test))
-        return start.notes | {"test": score}
+    def begin(seed: int, told: Steps) -> tuple[dict[str, float], Callable[[Cell], Any]]:
+        del told
 
-    def train(cell: Cell) -> Any:
-        name = (*cell[:3], cell.factor, "twice" if cell.doubled else None)
-        make = lambda: training.learn(problem(), cell, size.epochs, seed)  # noqa: E731
-        return store.kept(name, seed, make)
+        def notes() -> dict[str, Any]:
+            start = problem(seed)
+            score = jax.jit(TASKS[task].kind.measure)(start.params, start.test)
+            return start.notes | {"test": float(score)}
 
-    return {k: float(x) for k, x in store.kept((task, "start"), seed, notes).items()}, train
+        def train(cell: Cell) -> Any:
+            make = lambda: training.learn(problem(seed), cell, epochs, seed)  # noqa: E731
+            return kept(cell, seed, make)
 
+        noted = kept((task, "start"), seed, notes)
+        return {name: float(value) for name, value in noted.items()}, train
 
-def summarise(task: str, starts: Sequence[Mapping[str, float]], curves: Curves) -> dict[str, Any]:
-    """What results.json has of a task: all curves, and a row of the table for each method."""
-    # Those of more than two gradients a step are compared at equal steps.
-    rows = [
-        row
-        for gradients in (1, 2)
-        for row in _rows({c: x for c, x in curves.items() if min(c.gradients, 2) == gradients})
-    ]
-    return {
-        "unit": TASKS[task].kind.unit,
-        "start": report.summarise([{"test": start["test"]} for start in starts])["test"],
-        "starts": starts,
-        "steps": int(next(iter(curves.values()))[0]["steps"][-1]),
-        "rows": rows,
-        "cells": [
-            {
-                **cell._asdict(),
-                "label": METHODS[cell.method].label,
-                "gradients": cell.gradients,
-                **{key: [np.asarray(run[key]).tolist() for run in runs] for key in runs[0]},
-            }
-            for cell, runs in curves.items()
-        ],
-    }
-
-
-def _rows(curves: Curves) -> list[dict[str, Any]]:
-    """Rows of the table for cells that have taken the same number of gradients."""
-    by_method: dict[str, Curves] = {}
-    for cell, runs in curves.items():
-        by_method.setdefault(cell.method, {})[cell] = runs
-    best = {name: _chosen(cells) for name, cells in by_method.items()}
-    if not best:
-        return []
-    plain = _ends(curves[best["plain"]], "test")
-    comparisons = statistics.judged(
+    train = functools.partial(train_grid, begin=begin, start="start")
+    starts, tried = train(seeds[:tuning], cells, label=f"{task}, choosing")
+    best = list(chosen(tried).values())
+    curves: Curves = {cell: tried[cell] for cell in best}
+    if seeds[tuning:]:
+        others, more = train(seeds[tuning:], best, label=task)
+        starts = starts + others
+        curves = {cell: [*tried[cell], *more[cell]] for cell in best}
+    name = (task, "seconds", fingerprint({"methods": [cell.method for cell in best]}))
+    make = lambda: training.measure_seconds(problem(seeds[-1]), best, epochs)  # noqa: E731
+    seconds = kept(name, seeds[-1], make)
+    runs = [
         {
-            name: statistics.compare(_ends(curves[cell], "test"), plain)
-            for name, cell in best.items()
-            if name != "plain"
+            **cell._asdict(),
+            "label": METHODS[cell.method].label,
+            "runs": [_lists(run) for run in curves.get(cell, tried[cell])],
         }
-    )
-
-    def row(name: str, cell: Cell) -> dict[str, Any]:
-        default = cell._replace(rho=DEFAULT_RHO)
-        return {
-            "method": name,
-            "label": METHODS[name].label,
-            "gradients": cell.gradients,
-            "rho": cell.rho,
-            "factor": cell.factor,
-            "test": _summary(curves[cell]),
-            "at_default": _summary(curves[default]) if default in curves else None,
-            "over_plain": comparisons[name]._asdict() if name in comparisons else None,
-            "time": _seconds(curves[cell]) / _seconds(curves[best["plain"]]),
-        }
-
-    return [row(name, cell) for name, cell in best.items()]
+        for cell in cells
+    ]
+    return runs, summarise(task, starts, tried, curves, seconds)
 
 
-def _chosen(cells: Curves) -> Cell:
-    """By the validation samples."""
-    return statistics.chosen({cell: _ends(runs, "validation") for cell, runs in cells.items()})
-
-
-def _ends(runs: Sequence[Mapping[str, Any]], quantity: str) -> list[float]:
-    return [float(run[quantity][-1]) for run in runs]
-
-
-def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    return report.summarise([{"test": end} for end in _ends(runs, "test")])["test"]
-
-
-def _seconds(runs: Sequence[Mapping[str, Any]]) -> float:
-    """Of a step, the median over seeds."""
-    return float(np.median([run["seconds"] / run["steps"][-1] for run in runs]))
+def _lists(tree: Any) -> Any:
+    """Arrays as lists."""
+    if isinstance(tree, Mapping):
+        return {name: _lists(part) for name, part in tree.items()}
+    return np.asarray(tree).tolist()

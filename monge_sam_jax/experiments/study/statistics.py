@@ -30,7 +30,7 @@ class Comparison(NamedTuple):
     verdict: str = "open"
 
 
-def chosen(validation: Mapping[Choice, Sequence[float]]) -> Choice:
+def chosen(validation: Mapping[Choice, Sequence[float] | np.ndarray]) -> Choice:
     """What has the best mean score on the validation samples; one that diverged has none.
 
     >>> chosen({0.1: [90.0, 92.0], 0.5: [95.0, 91.0], 1.0: [99.0, float("nan")]})
@@ -66,7 +66,7 @@ def compare(scores: Sequence[float], baseline: Sequence[float]) -> Comparison:
     return Comparison(mean, interval.low, interval.high, float(test.pvalue))
 
 
-def judged(comparisons: Mapping[str, Comparison]) -> dict[str, Comparison]:
+def judged(comparisons: Mapping[Choice, Comparison]) -> dict[Choice, Comparison]:
     """The comparisons with verdicts, right together with probability `LEVEL` (Holm 1979)."""
     tested = {name: c.p for name, c in comparisons.items() if c.p is not None}
     verdicts = dict(comparisons)
