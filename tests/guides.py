@@ -52,7 +52,7 @@ def run(script, before="", after=""):
     first, last = (nbformat.v4.new_code_cell(source) for source in (before, after))
     notebook.cells = [first, *notebook.cells, last]
     NotebookClient(
-        notebook, timeout=900, kernel_name="python3", record_timing=False, coalesce_streams=True
+        notebook, timeout=3600, kernel_name="python3", record_timing=False, coalesce_streams=True
     ).execute(cwd=str(script.parent))
     del notebook.cells[0], notebook.cells[-1]
     codes = 0
