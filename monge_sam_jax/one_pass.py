@@ -7,6 +7,7 @@ gradient is needed: the params in the training loop are the perturbed ones,
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple, Never, TypeAlias, get_args
 
 import chex
@@ -14,16 +15,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from monge_sam_jax._core import secants
 from monge_sam_jax._core import surroundings as around
+from monge_sam_jax._core.ahead import perturb
 from monge_sam_jax._core.checks import (
     check_of_one_pass,
     check_params,
     check_params_and_gradient,
+    check_positive,
     check_state,
 )
 from monge_sam_jax._core.held import (
     Move,
     describe,
+    held_perturbation,
     map_kept,
     map_moves,
     subtract,
@@ -33,29 +38,24 @@ from monge_sam_jax._core.injection import injectable, unfixed
 from monge_sam_jax._core.masks import check_mask, chosen_leaves, select
 from monge_sam_jax._core.momentum import FromMomentum, find_momentum, is_from_momentum, is_marker
 from monge_sam_jax._core.numerics import (
-    ScaledNorm,
     as_arrays,
-    euclidean_norm,
     rounded,
     scaled_norm,
-    tree_scale,
     widen,
     without_variables,
     working_dtype,
 )
-from monge_sam_jax.diagnostics import Diagnostics, diagnose, no_diagnostics
+from monge_sam_jax.diagnostics import Diagnostics, no_diagnostics
 from monge_sam_jax.metrics import Grads, Params, State, monge
 from monge_sam_jax.perturbation import (
     Mask,
     MetricOrFunction,
     SlotStates,
-    ascent_multiple,
     check_ball,
     check_slots,
     fit,
     init_states,
     metric_at,
-    transform,
 )
 from monge_sam_jax.slots import is_link
 from monge_sam_jax.when import When, WhenRule, check_when
@@ -80,6 +80,8 @@ class OnePassState(NamedTuple):
       inverse_scale: another, a power of two.
       diagnostics: of the perturbation that the params hold; zeros before the first update.
       ascent_state: state of the ascent; empty without.
+      secant: the last y and its gradient, and the curvature between the last two; empty without a
+        `stability_margin`.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it
@@ -90,6 +92,7 @@ class OnePassState(NamedTuple):
     inverse_scale: jax.Array
     diagnostics: Diagnostics
     ascent_state: State = ()
+    secant: State = ()
 
 
 @injectable
@@ -102,6 +105,7 @@ def one_pass_sam(
     ascent: optax.GradientTransformation | None = None,
     mask: Mask = None,
     when: When | None = None,
+    stability_margin: chex.Numeric | None = None,
     **of_two_passes: Never,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an optimizer so that every gradient is taken at perturbed params, without a second.
@@ -134,6 +138,19 @@ def one_pass_sam(
     size 9, as plain training was; with entries of delta as large as those of theta, of size 0.09,
     by 2.5e-6 ("gradient") and 3.6e-6 ("momentum"), plain training by 5e-7.
 
+    At a fixed rho one pass never settles, as minima repel it where :math:`r \lambda > 1`, with r
+    the effective radius :math:`\|\delta\| / \|g\|` (`stability.one_pass_is_stable`). With a
+    `stability_margin` c below one, delta is shortened to
+
+    .. math:: \frac{\|\delta_{t+1}\|}{\|g_t\|} \le c \, \frac{\|y_t - y_{t-1}\|}{\|g_t - g_{t-1}\|}
+
+    from the second update on, of the leaves that are perturbed (along the momentum, with that for
+    :math:`g_t` on the left alone), so that theta goes on to the minimum. Where the base optimizer
+    has momentum, the edge is lower (`stability` has it), and c should be. It is for gradients of
+    the whole data set: between mini-batches noise is taken for curvature, and next to nothing is
+    left of delta, or of what it gains, which averages over secants did not mend. The state keeps y
+    and its gradient, two copies of these leaves.
+
     Nothing may come after it in `optax.chain`: an update moves the perturbation too. Clipping and
     the like go inside, or before it, where they shorten what the metric sees. What goes around an
     optimizer goes around it: `optax.apply_if_finite`, `optax.MultiSteps`, `optax.masked`,
@@ -156,6 +173,7 @@ def one_pass_sam(
       mask: which leaves are perturbed, as in `sharpness_aware`; nothing is kept of the others.
       when: a function of the number of the update, 1, 2, ..., that returns a bool: where it is not
         true, the gradient of that update is taken at rho = 0, at the unperturbed params.
+      stability_margin: c, for gradients of the whole data set; see above. None: no limit.
       **of_two_passes: those of `sharpness_aware` that need two gradients are an error.
 
     Returns:
@@ -165,9 +183,10 @@ def one_pass_sam(
     Raises:
       TypeError: an argument is of the wrong type; at `init`, a leaf is no float or complex array;
         at an update, a gradient is float0 or integer, or the state another optimizer's.
-      ValueError: rho is negative, NaN or infinite, or direction unknown; at `init`, the base
-        optimizer does not have one momentum, or is sharpness-aware itself; at an update, params are
-        missing or do not fit the gradient, the state is that of another mask, direction or metric,
+      ValueError: rho is negative, NaN or infinite, stability_margin that or zero, or direction
+        unknown; at `init`, the base optimizer does not have one momentum, or is sharpness-aware
+        itself; at an update, params are missing or do not fit the gradient, the state is that of
+        another mask, direction or metric, or of no stability_margin where there is one,
         or a link comes after it in a chain.
 
     References:
@@ -197,6 +216,9 @@ def one_pass_sam(
         )
     check_ball(metric, rho, schedule_allowed=True)
     check_slots(ascent, None)
+    if stability_margin is not None:
+        advice = "rho=0 is without a perturbation, None without a limit"
+        check_positive("stability_margin", stability_margin, zero=advice)
     if direction not in get_args(Direction):
         raise ValueError(f"direction must be 'gradient' or 'momentum', got {direction!r}")
     base = optax.with_extra_args_support(base_optimizer)
@@ -242,6 +264,7 @@ def one_pass_sam(
             inverse_scale=jnp.zeros((), working_dtype(perturbed)),
             diagnostics=no_diagnostics(),
             ascent_state=states.ascent,
+            secant=() if stability_margin is None else secants.no_secant(perturbed),
         )
 
     def update(
@@ -258,15 +281,16 @@ def one_pass_sam(
         kept = layout(chosen, params)
         states = SlotStates(state.metric_state, state.ascent_state)
         fits = fit(states, metric, ascent, None, None, mask, params)
+        fits &= bool(jax.tree.leaves(state.secant)) == (stability_margin is not None)
         if not (fits and describe(kept) == describe(state.delta)):
             raise ValueError(
                 "the state of one_pass_sam was made with another mask, direction, ascent or kind "
-                "of metric, or for other params. To go on from it, start at the unperturbed "
-                "params: params = unperturbed_params(old_state, params), and the state "
-                "tx.init(params)._replace(base_state=old_state.base_state)"
+                "of metric, with or without a stability_margin, or for other params. To go on from "
+                "it, start at the unperturbed params: params = unperturbed_params(old_state, "
+                "params), and the state tx.init(params)._replace(base_state=old_state.base_state)"
             )
 
-        held = _held(state, params)
+        held = held_perturbation(state, params)
         theta = subtract(params, held)
         base_updates, base_state = base.update(grads, state.base_state, theta, **extra_args)
         theta = optax.apply_updates(theta, base_updates)
@@ -275,7 +299,20 @@ def one_pass_sam(
         count = optax.safe_increment(state.count)
         dtype = state.multiple.dtype
         g = jax.tree.map(lambda x: widen(x, dtype), g)
-        ahead = _perturb(metric, ascent, g, select(chosen, theta), states, radius(count))
+        secant: Any = state.secant
+        if stability_margin is not None:
+            seen = select(chosen, params), select(chosen, grads)
+            secant = secants.next_secant(secant, state.count, *seen)
+        shorten = functools.partial(secants.shortening, secant, stability_margin)
+        ahead = perturb(
+            metric,
+            ascent,
+            g,
+            select(chosen, theta),
+            states,
+            radius(count),
+            None if stability_margin is None else shorten,
+        )
         # Leaves that are not perturbed may be not finite too: `finite` is exactly one, or NaN.
         others = jax.tree.map(lambda choose, g: None if choose else g, chosen, grads)
         norms = ahead.scaled.unit_norm * scaled_norm(others).unit_norm.astype(dtype)
@@ -303,6 +340,7 @@ def one_pass_sam(
             inverse_scale=ahead.scaled.inverse_scale.astype(dtype),
             diagnostics=ahead.diagnostics,
             ascent_state=ahead.states.ascent,
+            secant=secant,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -351,49 +389,7 @@ def unperturbed_params(opt_state: chex.ArrayTree, params: Params) -> Params:
 def _unperturbed(state: OnePassState, params: Params) -> Params:
     if jnp.ndim(state.count):  # of an ensemble, whose scalars have its axis too
         return jax.vmap(_unperturbed)(state, params)
-    return subtract(params, _held(state, params))
-
-
-def _held(state: OnePassState, params: Params) -> Params:
-    """The perturbation that the params hold; `optax.MaskedNode` where none is."""
-    if not any(map(is_from_momentum, jax.tree.leaves(state.delta, is_leaf=is_marker))):
-        return state.delta
-    momentum = find_momentum(state.base_state, state.delta, params)
-    delta = tree_scale(state.multiple, tree_scale(state.inverse_scale, momentum))
-    return map_kept(lambda kept, d: d if is_from_momentum(kept) else kept, state.delta, delta)
-
-
-class _Perturbation(NamedTuple):
-    """delta = multiple * scaled.unit if it is along g, and what goes with it."""
-
-    delta: Params
-    multiple: jax.Array
-    scaled: ScaledNorm
-    states: SlotStates
-    diagnostics: Diagnostics
-
-
-def _perturb(
-    metric: MetricOrFunction,
-    ascent: optax.GradientTransformation | None,
-    g: Grads,
-    theta: Params,
-    states: SlotStates,
-    rho: chex.Numeric,
-) -> _Perturbation:
-    metric = metric_at(rho, metric)
-    up, ascent_state = transform(ascent, g, states.ascent, theta)
-    steepest, metric_state = metric.ascent(up, theta, states.metric)
-    k, tangent, scaled = ascent_multiple(steepest, rho), steepest.tangent, scaled_norm(g)
-    multiple = k * euclidean_norm(tangent, k.dtype) / scaled.unit_norm
-    is_along_g = ascent is None and metric.isotropic
-    delta = tree_scale(multiple, scaled.unit) if is_along_g else tree_scale(k, tangent)
-    diagnostics = diagnose(
-        scaled, steepest, k, rho, isotropic=metric.isotropic, transformed=ascent is not None
-    )
-    return _Perturbation(
-        delta, multiple, scaled, SlotStates(metric_state, ascent_state), diagnostics
-    )
+    return subtract(params, held_perturbation(state, params))
 
 
 def _is_one_pass(x: Any) -> bool:

@@ -31,6 +31,7 @@ from trajectories import cpu_devices
 
 import monge_sam_jax as ms
 from monge_sam_jax.one_pass import FromMomentum, one_pass_sam, unperturbed_params
+from monge_sam_jax.toy import banana
 
 BATCH = example_batch()
 gradient = jax.jit(network_grad)
@@ -966,3 +967,198 @@ def test_instructions_of_a_step_over_many_leaves():
     by_hand = jax.jit(plain).lower(params, (params, base.init(params))).compile()
     ours = jax.jit(lambda p, s: step(tx, p, s, grad_fn(p))).lower(params, tx.init(params)).compile()
     assert count_instructions(ours) < 1.4 * count_instructions(by_hand)
+
+
+# --- a margin of stability ---
+
+
+def capped_loop(matrix, base, direction, margin, steps, chosen=slice(None)):
+    """`numpy_loop` with |delta| / |ahead| <= margin |dy| / |dg|, of what is perturbed."""
+    theta = y = np.linspace(-1.5, 1.0, 5)
+    m, last, shortened = np.zeros(5), None, []
+    for _ in range(steps):
+        g = slope(y)
+        m = 0.8 * m + g
+        theta = theta - LEARNING_RATE * (m if base == "momentum" else g)
+        ahead = (g if direction == "gradient" else m)[chosen]
+        delta = np.zeros(5)
+        delta[chosen] = dense_perturbation(matrix(theta[chosen], ahead), ahead, RHO)
+        if last is not None:
+            dy, dg = y[chosen] - last[0], g[chosen] - last[1]
+            longest = margin * np.linalg.norm(dy) / np.linalg.norm(dg) * np.linalg.norm(ahead)
+            shortened.append(longest < np.linalg.norm(delta))
+            delta *= min(1.0, longest / np.linalg.norm(delta))
+        last = y[chosen], g[chosen]
+        y = theta + delta
+    assert 0.2 < np.mean(shortened) < 0.9
+    return y, theta
+
+
+@pytest.mark.parametrize(
+    ("metric", "base", "direction", "margin", "first"),
+    [
+        ("euclidean", "sgd", "gradient", 0.4, 0),
+        ("monge", "momentum", "momentum", 0.1, 0),
+        ("monge adaptive", "momentum", "gradient", 0.2, 2),
+    ],
+)
+def test_a_margin_is_kept_as_in_a_numpy_loop(x64, metric, base, direction, margin, first):
+    metric, matrix = METRICS[metric]
+    mask = {"a": False, "b": True} if first else None
+    options = {"rho": RHO, "direction": direction, "mask": mask, "stability_margin": margin}
+    tx = one_pass_sam(BASES[base], metric=metric, **options)
+    start = jnp.linspace(-1.5, 1.0, 5)
+    y = {"a": start[:2], "b": [start[2:]]}
+    state = tx.init(y)
+    for _ in range(30):
+        g = slope(flat(y))
+        y, state = compiled(tx)(y, state, {"a": jnp.asarray(g[:2]), "b": [jnp.asarray(g[2:])]})
+    loop = capped_loop(matrix, base, direction, margin, 30, slice(first, None))
+    np.testing.assert_allclose(flat(y), loop[0], rtol=1e-9)
+    np.testing.assert_allclose(flat(unperturbed_params(state, y)), loop[1], rtol=1e-9)
+    length = np.linalg.norm(loop[0] - loop[1])
+    assert float(ms.get_diagnostics(state).perturbation_norm) == pytest.approx(length, rel=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "floor"), [(jnp.float64, 1e-24), (jnp.float32, 1e-11)])
+@pytest.mark.parametrize("metric", [ms.euclidean(), ms.monge()], ids=["sam", "monge"])
+def test_with_a_margin_it_settles_in_the_valley_of_the_banana(x64, metric, dtype, floor):
+    """And without it beside the valley; in float32 y stands still in the end, and stays there."""
+    starts = jnp.asarray([[-3.0, 0.33], [-2.3, 1.0], [0.33, -1.0], [3.0, 2.3]], dtype)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def losses(margin):
+        tx = one_pass_sam(optax.sgd(0.01), metric=metric, rho=1.0, stability_margin=margin)
+
+        def descend(start):
+            move = lambda carry, _: (step(tx, *carry, jax.grad(banana)(carry[0])), None)  # noqa: E731
+            (y, state), _ = jax.lax.scan(move, (start, tx.init(start)), length=3000)
+            return banana(unperturbed_params(state, y))
+
+        return jax.vmap(descend)(starts)
+
+    assert np.all(losses(None) > 0.1)
+    assert np.all(losses(0.5) < floor)
+
+
+def test_a_margin_before_anything_is_seen_and_where_nothing_moves():
+    """No limit at the first update; and where params stay, the last curvature holds."""
+    p, curvature = jnp.array([3.0, 4.0]), 2.0
+    tx = one_pass_sam(optax.sgd(0.0), metric=ms.euclidean(), rho=8.0, stability_margin=0.5)
+    y, state = step(tx, p, tx.init(p), curvature * p)
+    assert float(state.diagnostics.effective_radius) == pytest.approx(8 / 10)
+    for _ in range(2):
+        _, state = step(tx, y, state, curvature * y)
+        assert float(state.diagnostics.effective_radius) == pytest.approx(0.5 / curvature)
+    flat_loss = step(tx, y + 1, state, curvature * y)[1]  # another point with the same gradient
+    assert float(flat_loss.diagnostics.perturbation_norm) == pytest.approx(8)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_what_a_margin_keeps(dtype):
+    """Two copies of what is perturbed and a scalar, in one program; nothing without it."""
+    params = {"a": jnp.linspace(0.5, 2, 7, dtype=dtype), "b": jnp.ones(3, dtype)}
+    options = {"mask": {"a": True, "b": False}, "when": lambda count: count % 2 == 0}
+    schedule = optax.linear_schedule(0.2, 0.1, 3)
+    assert one_pass_sam(optax.adam(0.1), **options).init(params).secant == ()
+    tx = one_pass_sam(optax.adam(0.1), rho=schedule, stability_margin=0.5, **options)
+    state = tx.init(params)
+    kinds = [(x.shape, x.dtype) for x in jax.tree.leaves(state.secant)]
+    assert kinds == [((7,), dtype), ((7,), dtype), ((), jnp.float32)]
+    y, after = params, state
+    for t in range(5):
+        y, after = compiled(tx)(y, after, jax.tree.map(jnp.sin, y))
+        assert (float(after.diagnostics.perturbation_norm) > 0) == (t % 2 == 1)
+    chex.assert_trees_all_equal_shapes_and_dtypes((y, after), (params, state))
+    assert 0 < float(after.secant.curvature) < 2  # cos y, but for rounding
+    assert compiled(tx)._cache_size() == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rho_zero_with_a_margin_is_the_base_optimizer(dtype, direction):
+    results = []
+    margin = {"rho": 0.0, "direction": direction, "stability_margin": 0.5}
+    for tx in (BASES["adamw"], one_pass_sam(BASES["adamw"], **margin)):
+        params = jnp.linspace(-1, 2, 7, dtype=dtype)
+        state = tx.init(params)
+        for _ in range(5):
+            params, state = step(tx, params, state, jnp.sin(3 * params))
+        results.append(params)
+    chex.assert_trees_all_equal(*results)
+    chex.assert_trees_all_equal(unperturbed_params(state, params), params)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (-0.5, ValueError, "must be finite and not negative, got -0.5"),
+        (float("nan"), ValueError, "must be finite and not negative, got nan"),
+        (0.0, ValueError, "must be positive, got 0.0: rho=0 is without a perturbation"),
+        (jnp.ones(2), ValueError, "must be a scalar"),
+        ("0.5", TypeError, "must be a real number, got '0.5'"),
+        (True, TypeError, "must be a real number"),
+    ],
+)
+def test_bad_margins(value, error, message):
+    with pytest.raises(error, match=f"stability_margin {message}"):
+        one_pass_sam(optax.sgd(0.1), stability_margin=value)
+
+
+def test_the_state_of_another_margin():
+    """Any number will do, but not with for without; the advice of the error is followed."""
+    params, base = example_params(), BASES["momentum"]
+    old = one_pass_sam(base)
+    y, state = run(old, 2)
+    tx = one_pass_sam(base, stability_margin=0.5)
+    with pytest.raises(ValueError, match="with or without a stability_margin"):
+        tx.update(params, state, y)
+    theta = unperturbed_params(state, y)
+    state = tx.init(theta)._replace(base_state=state.base_state)
+    y, state = step(tx, theta, state, gradient(theta, BATCH))
+    with pytest.raises(ValueError, match="with or without a stability_margin"):
+        old.update(params, state, y)
+    run(one_pass_sam(base, stability_margin=0.4), 1, y, state)
+
+
+def test_an_injected_margin_and_derivatives():
+    """Of theta's loss after two updates with respect to rho and the margin: finite differences."""
+    start = jnp.array([0.3, -0.8, 0.5])
+
+    def end(rho, margin):
+        builder = optax.inject_hyperparams(one_pass_sam)
+        tx = builder(optax.sgd(0.3), metric=ms.euclidean(), rho=rho, stability_margin=margin)
+        y, state = start, tx.init(start)
+        for _ in range(3):
+            y, state = step(tx, y, state, 2 * y + jnp.sin(3 * y))
+        return jnp.sum(unperturbed_params(state, y) ** 2)
+
+    for margin, which in ((0.05, 1), (50.0, 0)):  # the margin decides, or rho
+        slopes = jax.grad(end, (0, 1))(0.2, margin)
+        h = 1e-2 * (0.2, margin)[which]
+        shift = [0.0, 0.0]
+        shift[which] = h
+        ahead = end(0.2 + shift[0], margin + shift[1])
+        behind = end(0.2 - shift[0], margin - shift[1])
+        assert float(slopes[which]) == pytest.approx(float(ahead - behind) / (2 * h), rel=2e-2)
+        assert abs(float(slopes[which])) > 1e-3
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_margin_keeps_shardings():
+    mesh = jax.sharding.Mesh(np.array(cpu_devices(8)), ("x",))
+    params = {"w": jnp.arange(64.0).reshape(16, 4) / 64, "b": jnp.ones(4)}
+    shardings = {"w": NamedSharding(mesh, P("x")), "b": NamedSharding(mesh, P())}
+    tx = one_pass_sam(optax.sgd(0.1), rho=1.0, stability_margin=0.1)
+    loss = lambda p: jnp.mean(jnp.tanh(p["w"] + p["b"].reshape(1, -1)) ** 2)  # noqa: E731
+    update = jax.jit(lambda p, s: step(tx, p, s, jax.grad(loss)(p)))
+    ends = []
+    for placed in (params, jax.device_put(params, shardings)):
+        y, state = placed, tx.init(placed)
+        for _ in range(3):
+            y, state = update(y, state)
+        ends.append((y, state))
+    chex.assert_trees_all_close(*ends, rtol=1e-5, atol=1e-7)
+    for tree in (state.secant.point, state.secant.gradient):
+        for name, leaf in tree.items():
+            assert leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim)
+    assert float(state.diagnostics.effective_radius) < 0.11 / float(state.secant.curvature)

@@ -8,19 +8,35 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from looks import check
+from looks import check, check_column
 from matplotlib.image import imread
 
 from monge_sam_jax import __main__
 from monge_sam_jax.experiments.common.data import Batch, shuffled_rows
 from monge_sam_jax.experiments.common.errors import InputError
-from monge_sam_jax.experiments.study import images, regression, statistics, summary, text, training
+from monge_sam_jax.experiments.study import (
+    cures,
+    images,
+    regression,
+    statistics,
+    summary,
+    text,
+    training,
+)
 from monge_sam_jax.experiments.study.images import DIGITS, MLP_ON_DIGITS, RESNET_ON_DIGITS
 from monge_sam_jax.experiments.study.kinds import Size
 from monge_sam_jax.experiments.study.methods import METHODS
-from monge_sam_jax.experiments.study.options import PRESETS, MethodName, Study, TaskName
+from monge_sam_jax.experiments.study.options import (
+    GROUPS,
+    PRESETS,
+    CureName,
+    MethodName,
+    Study,
+    TaskName,
+)
 from monge_sam_jax.experiments.study.plots import frontier_figure, profiles_figure, study_figure
 from monge_sam_jax.experiments.study.report import overview
+from monge_sam_jax.experiments.study.run import grid
 from monge_sam_jax.experiments.study.tasks import TASKS
 from monge_sam_jax.experiments.study.training import Cell
 
@@ -38,14 +54,17 @@ def problem():
 
 
 def radius(name, t, steps):
-    return RHO * max(0, 1 - t / steps) if name.startswith("annealed") else RHO
+    rho = RHO * min(1, t / (0.1 * steps)) if name.startswith("warm") else RHO
+    if name.startswith("cosine"):
+        return rho * np.cos(np.pi / 2 * t / steps) ** 2
+    return rho * max(0, 1 - t / steps) if "annealed" in name else rho
 
 
 def by_hand(problem, name, rows):
     """Steps of SGD with momentum at perturbed params; what is evaluated."""
     grad = jax.jit(jax.grad(DIGITS.loss))
     theta = params = average = problem.params
-    trace = jax.tree.map(jnp.zeros_like, params)
+    trace = mean = last = jax.tree.map(jnp.zeros_like, params)
     monge = "monge" in name
 
     def delta(g, rho):
@@ -58,11 +77,21 @@ def by_hand(problem, name, rows):
         if two_passes or (name == "late_sam" and t >= 0.9 * len(rows)):
             d = delta(grad(theta, batch), radius(name, t, len(rows)))
             params = jax.tree.map(jnp.add, theta, d)
-        g = grad(params, batch)
+        g, before = grad(params, batch), last
+        if name.startswith("extra") and t % 4 == 0:
+            g = grad(jax.tree.map(jnp.add, theta, delta(g, RHO)), batch)
+        last = g
+        mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mean, g)
         trace = jax.tree.map(lambda m, g: 0.9 * m + g, trace, g)
         theta = params = jax.tree.map(lambda p, m: p - 0.05 * m, theta, trace)
         average = jax.tree.map(lambda a, p: 0.99 * a + 0.01 * p, average, theta)
         if "one_pass" in name:
+            if name.startswith("mixed"):
+                g = jax.tree.map(lambda g, m: (g + m / (1 - 0.9 ** (t + 1))) / 2, g, mean)  # noqa: B023
+            elif name.startswith("ahead"):
+                g = jax.tree.map(lambda g, before: 2 * g - before, g, before)
+            elif name.startswith("momentum"):
+                g = jax.tree.map(lambda m: 0.1 * m, trace)
             d = delta(g, radius(name, t + 1, len(rows)))
             params = jax.tree.map(jnp.add, theta, d)
     return average if name == "average" else theta
@@ -72,15 +101,20 @@ BY_HAND = [
     *("plain", "average", "sam", "late_sam", "monge_sam", "annealed_sam", "one_pass_sam"),
     *("one_pass_monge", "annealed_one_pass_sam", "annealed_one_pass_monge"),
 ]
+CURED_BY_HAND = [
+    *("cosine_one_pass_sam", "warm_one_pass_monge", "warm_annealed_one_pass_sam"),
+    *("momentum_one_pass_monge", "mixed_one_pass_sam", "ahead_one_pass_monge"),
+    "extra_one_pass_sam",
+]
 
 
-@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("name", [*BY_HAND, *CURED_BY_HAND])
 def test_a_curve_is_that_of_a_loop(problem, name):
     """Of as many steps as take 28 gradients, to the nearest ten."""
     rho = RHO if METHODS[name].has_radius else None
     curve = training.learn(problem, Cell(TASK, name, rho), 2, seed=5)
     rows = shuffled_rows(875, 125, np.random.default_rng((5, 3)), 5)
-    rows = rows[: 10 if METHODS[name].gradients == 2 else 30]
+    rows = rows[: 10 * round(2.8 / METHODS[name].gradients)]
     np.testing.assert_array_equal(curve["steps"], np.linspace(0, len(rows), 11))
     expected = by_hand(problem, name, rows)
     start, end = (float(DIGITS.measure(p, problem.test)) for p in (problem.params, expected))
@@ -99,7 +133,10 @@ def plain_losses(problem):
     return {curve["steps"][-1]: curve["train_loss"] for curve in curves}
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].has_radius])
+WITH_RADIUS = [name for name in MethodName.__args__ if METHODS[name].has_radius]
+
+
+@pytest.mark.parametrize("name", [*WITH_RADIUS, "against_momentum"])
 def test_every_method_perturbs_and_at_a_tiny_radius_is_plain_training(problem, plain_losses, name):
     """Functional SAM too: its second gradient is the first one at radius zero."""
     tiny, perturbed = (
@@ -145,7 +182,7 @@ def test_balls_are_of_the_same_euclidean_size(problem, name):
 
 
 def test_names_in_options_are_those_of_the_tables():
-    assert list(MethodName.__args__) == list(METHODS)
+    assert [*MethodName.__args__, *CureName.__args__] == list(METHODS)
     assert list(TaskName.__args__) == list(TASKS)
 
 
@@ -451,6 +488,54 @@ def test_options_that_cannot_be_used(options, message, capsys):
         __main__.main(["study", *options])
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_one_pass_is_a_word_for_all_that_may_mend_it():
+    methods = Study(methods=("average", "one-pass")).methods
+    assert methods == ("average", *GROUPS["one-pass"])
+    assert set(CureName.__args__) < set(methods) <= set(METHODS)
+    cells = grid(Study(), TASK)
+    assert {cell.method for cell in cells} == set(MethodName.__args__)
+
+
+def test_ends_are_compared_at_the_own_learning_rate_by_seed():
+    def cell(method, rho, factor, *ends):
+        runs = [{"test": [0.0, end], "validation": [0.0, end + 1]} for end in ends]
+        return {"method": method, "rho": rho, "factor": factor, "runs": runs}
+
+    cells = [
+        cell("plain", None, 10.0, 90.0, 90.0),
+        cell("plain", None, 1.0, 50.0, 60.0),
+        cell("one_pass_sam", 0.1, 10.0, 0.0),
+        cell("one_pass_sam", 0.1, 1.0, 53.0),  # from the first seed alone
+    ]
+    (line,) = cures.all_ends({TASK: cells})[TASK].values()
+    assert line == {0.1: cures.Ends(np.array([54.0]), np.array([3.0]))}
+
+
+def test_regrets_and_what_is_harmless():
+    """Two tasks; by validation another radius is best for each, and 0.5 for both together."""
+
+    def line(*gains):
+        radii = (0.1, 0.5, 1.0)
+        return {
+            rho: cures.Ends(np.full(3, gain), np.array([gain - 1.0, gain, gain + 1.0]))
+            for rho, gain in zip(radii, gains, strict=True)
+        }
+
+    ends = {
+        "a": {"one_pass_sam": line(1, 3, -9), "one_pass_monge": line(0, 1, 2)},
+        "b": {"one_pass_sam": line(2, -1, 4), "one_pass_monge": line(1, 5, 2)},
+    }
+    found = cures.regrets(ends)
+    assert found["one_pass_sam"] == cures.Regret(own=0.5, common=2.5, rho=0.1)
+    assert found["one_pass_monge"] == cures.Regret(own=0.5, common=1.0, rho=0.5)
+    assert [cures.harmless(of["one_pass_sam"]) for of in ends.values()] == [0.5, 0.1]
+    rows = cures.table(ends).splitlines()[4:]
+    assert "+3.0" in rows[0]
+    assert "0.5, up to 0.5 | +4.0" in rows[0]
+    assert rows[1].endswith("| 0.5 | 1.0 (0.5) |")
+    check_column(cures.cures_figure(ends))
 
 
 def test_presets():

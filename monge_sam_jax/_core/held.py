@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from monge_sam_jax._core.momentum import is_marker
-from monge_sam_jax._core.numerics import widen
+from monge_sam_jax._core.momentum import find_momentum, is_from_momentum, is_marker
+from monge_sam_jax._core.numerics import tree_scale, widen
 
 PyTree = Any
 
@@ -42,3 +42,12 @@ def describe(delta: PyTree) -> list[Any]:
     """What the state keeps of every leaf."""
     leaves = jax.tree.leaves(delta, is_leaf=is_marker)
     return [type(x) if is_marker(x) else (jnp.shape(x), x.dtype) for x in leaves]
+
+
+def held_perturbation(state: Any, params: PyTree) -> PyTree:
+    """What the params of a `OnePassState` hold; `optax.MaskedNode` where that is nothing."""
+    if not any(map(is_from_momentum, jax.tree.leaves(state.delta, is_leaf=is_marker))):
+        return state.delta
+    momentum = find_momentum(state.base_state, state.delta, params)
+    delta = tree_scale(state.multiple, tree_scale(state.inverse_scale, momentum))
+    return map_kept(lambda kept, d: d if is_from_momentum(kept) else kept, state.delta, delta)

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from monge_sam_jax.ascent import friendly
 from monge_sam_jax.averaged import averaged_monge
 from monge_sam_jax.composite import layerwise
 from monge_sam_jax.experiments.common.data import Batch
+from monge_sam_jax.experiments.study.images import MOMENTUM
 from monge_sam_jax.experiments.study.kinds import Kind
 from monge_sam_jax.functional import functional_sam_value_and_grad
 from monge_sam_jax.geodesic import geodesic_perturbation
@@ -26,6 +28,10 @@ AVERAGE_DECAY = 0.99
 LATE = 0.9  # the part of training that is over when late SAM begins
 LOSS_BUDGET = 1.0  # nats
 GEODESIC_STEPS = 2
+WARM_UP = 0.1  # the part of training in which the radius rises
+MIX, MIX_DECAY = 0.5, 0.9  # weight and decay of the average that is mixed into the ascent
+MARGIN = 0.5  # of stability, for secants between mini-batches
+EXTRA_EVERY = 4  # steps from one second gradient to the next
 
 
 class Setting(NamedTuple):
@@ -53,6 +59,20 @@ class Setting(NamedTuple):
     def annealed(self) -> optax.Schedule:
         """From the radius to zero along a line."""
         return lambda count: self.rho * jnp.maximum(0.0, 1 - count / self.steps)
+
+    @property
+    def cosine(self) -> optax.Schedule:
+        """From the radius to zero along half a wave."""
+        return lambda count: self.rho * (1 + jnp.cos(jnp.pi * count / self.steps)) / 2
+
+    def warmed(self, rho: chex.Numeric | optax.Schedule) -> optax.Schedule:
+        """That radius, after rising to it from zero."""
+
+        def warm(count: chex.Numeric) -> chex.Numeric:
+            now = rho(count) if callable(rho) else rho
+            return now * jnp.minimum(1.0, count / (WARM_UP * self.steps))
+
+        return warm
 
     def length(self, metric: Metric) -> jax.Array:
         """Euclidean length of a step in the unit ball, for a gradient without zeros."""
@@ -86,7 +106,7 @@ class Method(NamedTuple):
     """
 
     label: str
-    gradients: int
+    gradients: float
     build: Callable[[Setting], Trainer]
     has_radius: bool = True
 
@@ -123,6 +143,56 @@ def _two_passes(options: Callable[[Setting], dict[str, Any]]) -> Callable[[Setti
 def _one_pass(options: Callable[[Setting], dict[str, Any]]) -> Callable[[Setting], Trainer]:
     def build(setting: Setting) -> Trainer:
         optimizer = one_pass_sam(setting.base, **({"rho": setting.rho} | options(setting)))
+        return Trainer(optimizer, setting.gradient, unperturbed_params)
+
+    return build
+
+
+def _mixed(weight: float, decay: float) -> optax.GradientTransformation:
+    """Ascent along a mean of the gradient and its moving average."""
+    average = optax.ema(decay)
+
+    def update(g: Grads, state: Any, params: Params | None = None) -> tuple[Grads, Any]:
+        del params
+        m, state = average.update(g, state)
+        return optax.incremental_update(m, g, weight), state
+
+    return optax.GradientTransformation(average.init, update)
+
+
+def _extrapolated() -> optax.GradientTransformation:
+    """Ascent along what the next gradient would be if gradients moved on a line, 2 g - g_before."""
+
+    def update(g: Grads, last: Grads, params: Params | None = None) -> tuple[Grads, Grads]:
+        del params
+        return jax.tree.map(lambda g, last: 2 * g - last, g, last), g
+
+    return optax.GradientTransformation(optax.tree.zeros_like, update)
+
+
+def _extra_gradient(metric: Metric) -> Callable[[Setting], Trainer]:
+    """One pass whose direction is taken anew at every `EXTRA_EVERY`-th step, by a second gradient.
+
+    That step follows the gradient at the worst step along the one that others follow.
+    """
+
+    def build(setting: Setting) -> Trainer:
+        one_pass = one_pass_sam(setting.base, metric=metric, rho=setting.rho)
+
+        def update(
+            grads: Grads, state: Any, params: Params | None = None, *, batch: Batch, **extra: Any
+        ) -> tuple[Params, Any]:
+            assert params is not None  # for the type checker
+
+            def corrected() -> Grads:
+                theta = unperturbed_params(state, params)
+                delta = worst_case_perturbation(metric, grads, theta, setting.rho)
+                return setting.gradient(jax.tree.map(jnp.add, theta, delta), batch)
+
+            g = jax.lax.cond(state.count % EXTRA_EVERY == 0, corrected, lambda: grads)
+            return one_pass.update(g, state, params, **extra)
+
+        optimizer = optax.GradientTransformationExtraArgs(one_pass.init, update)
         return Trainer(optimizer, setting.gradient, unperturbed_params)
 
     return build
@@ -197,3 +267,46 @@ METHODS = {
         _two_passes(lambda s: {"metric": spectral(), "rho": s.rho / s.length(spectral())}),
     ),
 }
+
+
+def _ball(alpha: float) -> Metric:
+    return monge(alpha=alpha) if alpha else euclidean()
+
+
+# What may keep one pass from falling apart at large radii: text, and options by alpha.
+_CURES: dict[str, tuple[str, Callable[[float, Setting], dict[str, Any]]]] = {
+    "cosine": ("cosine", lambda alpha, s: {"metric": _ball(alpha), "rho": s.cosine}),
+    "warm": ("warm-up", lambda alpha, s: {"metric": _ball(alpha), "rho": s.warmed(s.rho)}),
+    "warm_annealed": (
+        "warm-up, annealed",
+        lambda alpha, s: {"metric": _ball(alpha), "rho": s.warmed(s.annealed)},
+    ),
+    "momentum": (
+        "momentum",
+        # A trace is 1 / (1 - MOMENTUM) times as long as gradients are.
+        lambda alpha, s: {"metric": _ball((1 - MOMENTUM) * alpha), "direction": "momentum"},
+    ),
+    "mixed": (
+        "mixed ascent",
+        lambda alpha, s: {"metric": _ball(alpha), "ascent": _mixed(MIX, MIX_DECAY)},
+    ),
+    "capped": ("capped", lambda alpha, s: {"metric": _ball(alpha), "stability_margin": MARGIN}),
+    "ahead": ("extrapolated", lambda alpha, s: {"metric": _ball(alpha), "ascent": _extrapolated()}),
+}
+for _ball_name, _text, _alpha in (("sam", "SAM", 0.0), ("monge", "M-SAM", 1.0)):
+    for _name, (_cure, _options) in _CURES.items():
+        METHODS[f"{_name}_one_pass_{_ball_name}"] = Method(
+            f"one-pass {_text}, {_cure}",
+            1,
+            _one_pass(functools.partial(_options, _alpha)),
+        )
+    METHODS[f"extra_one_pass_{_ball_name}"] = Method(
+        f"one-pass {_text}, extra gradients", 1 + 1 / EXTRA_EVERY, _extra_gradient(_ball(_alpha))
+    )
+METHODS["against_momentum"] = Method(
+    "Momentum-SAM",
+    1,
+    _one_pass(
+        lambda s: {"metric": _ball(0.0), "direction": "momentum", "ascent": optax.scale(-1.0)}
+    ),
+)

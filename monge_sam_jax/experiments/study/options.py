@@ -47,6 +47,33 @@ MethodName = Literal[
     "supremum",
     "spectral",
 ]
+CureName = Literal[
+    "cosine_one_pass_sam",
+    "warm_one_pass_sam",
+    "warm_annealed_one_pass_sam",
+    "momentum_one_pass_sam",
+    "mixed_one_pass_sam",
+    "capped_one_pass_sam",
+    "ahead_one_pass_sam",
+    "extra_one_pass_sam",
+    "cosine_one_pass_monge",
+    "warm_one_pass_monge",
+    "warm_annealed_one_pass_monge",
+    "momentum_one_pass_monge",
+    "mixed_one_pass_monge",
+    "capped_one_pass_monge",
+    "ahead_one_pass_monge",
+    "extra_one_pass_monge",
+    "against_momentum",
+]
+# A word for several names of --methods.
+GroupName = Literal["one-pass"]
+GROUPS = {
+    "one-pass": (
+        *("plain", "sam", "monge_sam", "one_pass_sam", "one_pass_monge"),
+        *("annealed_one_pass_sam", "annealed_one_pass_monge", *CureName.__args__),  # type: ignore[attr-defined]
+    )
+}
 
 
 class Preset(NamedTuple):
@@ -142,7 +169,9 @@ class Study(InFolderOfPreset):
         the labels drawn anew. regression is the temperature of a rod, where losses are tiny.
         forgetting is a language model of Python's standard library that is fine-tuned on English.
       methods: What is compared with plain training; by default all, and seven of them on MNIST, the
-        ResNet and text.
+        ResNet and text. Beyond the defaults, one-pass stands for all that may keep one pass from
+        falling apart at large radii: schedules of the radius, other directions, a margin of
+        stability, a second gradient at every fourth step.
       seeds: Number of seeds: of params, samples, labels and batches.
       seed: The first of them; the others follow it.
       tuning_seeds: How many of them choose.
@@ -161,7 +190,7 @@ class Study(InFolderOfPreset):
 
     preset: Literal["smoke", "small", "full"] = "small"
     tasks: tuple[TaskName, ...] = TaskName.__args__  # type: ignore[attr-defined]
-    methods: tuple[MethodName, ...] = ()
+    methods: tuple[MethodName | CureName | GroupName, ...] = ()
     seeds: int | None = None
     seed: int = 0
     tuning_seeds: int | None = None
@@ -176,6 +205,12 @@ class Study(InFolderOfPreset):
     text_steps: int | None = None
     output: Path = Path("runs", "study", PRESET)
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Resolves the default folder, and groups of methods."""
+        super().__post_init__()
+        names = [name for word in self.methods for name in GROUPS.get(word, (word,))]
+        object.__setattr__(self, "methods", tuple(names))
 
     @property
     def size(self) -> Preset:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -13,9 +13,10 @@ from monge_sam_jax.experiments.common.grid import train_grid
 from monge_sam_jax.experiments.common.kept import Store, fingerprint
 from monge_sam_jax.experiments.common.progress import Steps
 from monge_sam_jax.experiments.study import training
+from monge_sam_jax.experiments.study.cures import all_ends, cures_figure, table
 from monge_sam_jax.experiments.study.kinds import Problem, Size
 from monge_sam_jax.experiments.study.methods import METHODS
-from monge_sam_jax.experiments.study.options import Study, factors
+from monge_sam_jax.experiments.study.options import CureName, MethodName, Study, factors
 from monge_sam_jax.experiments.study.plots import frontier_figure, profiles_figure, study_figure
 from monge_sam_jax.experiments.study.report import markdown
 from monge_sam_jax.experiments.study.summary import Curves, chosen, summarise
@@ -52,12 +53,15 @@ def run(options: Study) -> None:
     }
     if any(entry["after"] for entry in tasks.values()):
         files["frontier.png"] = frontier_figure(summary)
+    if set(options.methods) & set(get_args(CureName)):
+        ends = all_ends(results["runs"])
+        files |= {"cures.md": table(ends), "cures.png": cures_figure(ends)}
     report.publish(options.output, {SUMMARY: summary, report.RESULTS: results, **files})
 
 
 def grid(options: Study, task: str) -> list[Cell]:
     """The cells of a task: as many for every method."""
-    default = options.size.methods or TASKS[task].methods or tuple(METHODS)
+    default = options.size.methods or TASKS[task].methods or get_args(MethodName)
     radii, rates = options.radii(TASKS[task].radii), options.size.rates
     cells = []
     for name in options.methods or default:
