@@ -442,6 +442,8 @@ def test_the_command_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
     entry = kept["tasks"][TASK]
     assert [row["method"] for row in entry["rows"]] == ["plain", "sam", "one_pass_monge"]
     assert {len(row["ends"]) for row in entry["rows"]} == {2}
+    (row, *_) = kept["tasks"]["forgetting"]["rows"]  # of what decides, in whatever order it is kept
+    assert row["test"]["mean"] == pytest.approx(row["after"]["both"][-1], rel=1e-3)
     assert {"SAM", "one-pass M-SAM"} <= check(study_figure(kept))
     assert {"SAM", "one-pass M-SAM"} <= check(profiles_figure(kept))
     assert {"SAM", "one-pass M-SAM"} <= check(frontier_figure(kept))

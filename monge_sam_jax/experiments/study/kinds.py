@@ -68,8 +68,8 @@ class Kind(NamedTuple):
       scanned: whether steps run in a compiled loop; gradients of convolutions are many times slower
         in one on CPU.
       after: (trained params, problem) -> curves by name of what is done with the trained network,
-        each (2, points): on validation and on test samples. The end of the first is chosen by and
-        reported in place of the score, the ends of the others are reported too.
+        each (2, points): on validation and on test samples. Their ends are reported.
+      decisive: the name of the curve whose end is chosen by, and takes the place of the score.
     """
 
     model: Callable[[chex.ArrayTree, jax.Array], jax.Array]
@@ -81,6 +81,7 @@ class Kind(NamedTuple):
     batch_size: int
     scanned: bool = True
     after: Callable[[chex.ArrayTree, Problem], dict[str, np.ndarray]] | None = None
+    decisive: str = ""
 
     def loss(self, params: chex.ArrayTree, batch: Batch) -> jax.Array:
         """The mean loss of a batch."""

@@ -114,10 +114,11 @@ def _ends(
     cell: Cell, runs: Sequence[Mapping[str, Any]], split: str, name: str | None = None
 ) -> list[float]:
     """Scores at the end: of what comes after training, where something does."""
-    if TASKS[cell.task].kind.after is None:
+    kind = TASKS[cell.task].kind
+    if kind.after is None:
         return [float(run[split][-1]) for run in runs]
     at = SPLITS.index(split)
-    return [float(run["after"][name or next(iter(run["after"]))][at][-1]) for run in runs]
+    return [float(run["after"][name or kind.decisive][at][-1]) for run in runs]
 
 
 def _at(run: Mapping[str, Any], place: float) -> float:

@@ -183,4 +183,5 @@ TEXT = Kind(
     optax.adamw,
     BATCH,
     after=after,
+    decisive="both",
 )
