@@ -45,16 +45,16 @@ class Edges:
       overwrite: Write over the results of other options, if the output folder has some.
     """
 
-    rho: tuple[float, ...] = (0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
+    rho: tuple[float, ...] = (0.03, 0.1, 0.3, 0.5, 0.7, 1.0)
     batch_size: int | None = None
     learning_rate: float = 0.2
     momentum: float = 0.0
     direction: Direction = "gradient"
     seeds: int = 10
     seed: int = 0
-    images: int = 200
-    width: int = 32
-    steps: int = 2000
+    images: int = 150
+    width: int = 24
+    steps: int = 1000
     output: Path = Path("runs/edges")
     overwrite: bool = False
 
