@@ -30,7 +30,7 @@ def cells(notebook):
 
 
 def test_there_are_notebooks():
-    assert [script.name[:2] for script in SCRIPTS] == [f"{i:02}" for i in range(8)]
+    assert [script.name[:2] for script in SCRIPTS] == [f"{i:02}" for i in range(9)]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

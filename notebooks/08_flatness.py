@@ -1,0 +1,211 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: -all
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+# ---
+
+# %% [markdown]
+# # What did each method find?
+#
+# Sharpness-aware training is meant to end in flatter minima. Here are four measures of flatness at
+# the minima of SGD, SAM, M-SAM and one-pass M-SAM on scikit-learn's handwritten digits, over ten
+# seeds, and test accuracy beside them: flatter need not be better.
+
+# %%
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from scipy.stats import spearmanr
+
+from monge_sam_jax import monge, one_pass_sam, sharpness_aware, unperturbed_params
+from monge_sam_jax.curvature import (
+    adaptive_worst_case_sharpness,
+    filter_normalized_directions,
+    lanczos_eigenvalues,
+    lanczos_quadrature,
+)
+from monge_sam_jax.experiments.common.data import Batch, handwritten_digits
+from monge_sam_jax.experiments.common.models import MLP
+from monge_sam_jax.experiments.common.plots import COLOURS, NOTEBOOK, WIDTH
+
+plt.rcParams.update(NOTEBOOK)
+digits, model, SEEDS, STEPS = handwritten_digits(), MLP(10, 24), 10, 600
+train, test = digits.train, digits.test
+
+
+def loss_fn(params, batch):
+    logits = model.apply(params, batch.x)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch.y))
+
+
+# %% [markdown]
+# All seeds of a method are trained at once. M-SAM with $\alpha = 0$ is SAM, and with $\rho = 0$ it
+# is SGD, so that one compiled function trains all forms of two passes.
+
+
+# %%
+def train_from(seed, rho, alpha, one_pass):
+    key, base = jax.random.key(seed), optax.sgd(0.2, momentum=0.9)
+    params = model.init(key, train.x[:1])
+    tx = one_pass_sam(base, metric=monge(alpha=alpha), rho=rho)
+    if not one_pass:
+        tx = optax.chain(sharpness_aware(metric=monge(alpha=alpha), rho=rho), base)
+
+    def step(carry, key):
+        params, state = carry
+        rows = jax.random.choice(key, len(train.y), (64,), replace=False)
+        grad_fn = partial(jax.grad(loss_fn), batch=Batch(train.x[rows], train.y[rows]))
+        more = {} if one_pass else {"grad_fn": grad_fn}
+        updates, state = tx.update(grad_fn(params), state, params, **more)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), jax.random.split(key, STEPS))
+    return unperturbed_params(state, params) if one_pass else params
+
+
+@partial(jax.jit, static_argnames="one_pass")
+def train_all(rho, alpha, one_pass=False):
+    return jax.vmap(lambda seed: train_from(seed, rho, alpha, one_pass))(jnp.arange(SEEDS))
+
+
+MINIMA = {"SGD": train_all(0.0, 0.0)}
+for rho in (0.05, 0.5):
+    MINIMA[f"SAM, {rho}"] = train_all(rho, 0.0)
+    MINIMA[f"M-SAM, {rho}"] = train_all(rho, 1.0)
+    MINIMA[f"one-pass M-SAM, {rho}"] = train_all(rho, 1.0, one_pass=True)
+
+# %% [markdown]
+# The measures, of the loss on all training samples: the two largest eigenvalues of the Hessian, the
+# worst rise of the loss in a box of $\pm 0.05 |\theta_i|$ (adaptive sharpness, Kwon et al. 2021),
+# the Hessian's spectrum by Lanczos quadrature, and the loss along random directions in which every
+# filter is as long as that of the params (Li et al. 2018).
+
+# %%
+on_train = partial(loss_fn, batch=train)
+AWAY = jnp.linspace(-1, 1, 21)
+
+
+def accuracy(params, batch):
+    return 100 * jnp.mean(jnp.argmax(model.apply(params, batch.x), -1) == batch.y)
+
+
+def slice_of(params):
+    (d,) = filter_normalized_directions(params, jax.random.key(1), 1)
+    return jax.lax.map(lambda a: on_train(jax.tree.map(lambda p, d: p + a * d, params, d)), AWAY)
+
+
+@jax.jit
+@jax.vmap
+def measure(params):
+    key = jax.random.key(0)
+    return {
+        "test accuracy": accuracy(params, test),
+        "training loss": on_train(params),
+        "eigenvalues": lanczos_eigenvalues(on_train, params, key, 2, num_steps=12)[0],
+        "adaptive": adaptive_worst_case_sharpness(on_train, params, rho=0.05, num_steps=5),
+        "slice": slice_of(params),
+        "quadrature": lanczos_quadrature(on_train, params, key, num_samples=1, num_steps=20),
+    }
+
+
+found = {name: jax.tree.map(np.asarray, measure(params)) for name, params in MINIMA.items()}
+
+
+def text(x, digits):
+    return f"{np.mean(x):.{digits}f} ± {np.std(x, ddof=1) / len(x) ** 0.5:.{digits}f}"
+
+
+print(
+    f"{'':20} {'test accuracy':>14} {'training loss':>17} {'largest':>13} {'second':>13}  adaptive"
+)
+for name, m in found.items():
+    first, second = m["eigenvalues"].T
+    cells = [
+        text(x, digits)
+        for x, digits in (
+            *((m["test accuracy"], 2), (m["training loss"], 4), (first, 2), (second, 2)),
+            (m["adaptive"], 3),
+        )
+    ]
+    print(f"{name:20} {cells[0]:>14} {cells[1]:>17} {cells[2]:>13} {cells[3]:>13}  {cells[4]}")
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3))
+kinds = {"SGD": "sgd", "SAM": "sam", "M-SAM": "monge_sam", "one-pass M-SAM": "monge_sam"}
+grid = np.geomspace(1e-4, 1e2, 200)
+for name, m in found.items():
+    kind, _, rho = name.partition(", ")
+    style = {"color": COLOURS[kinds[kind]], "linestyle": ":" if "one-pass" in kind else "-"}
+    style |= {"linewidth": 0.8 if rho == "0.05" else 1.6, "label": rf"{kind}, $\rho$ = {rho}"}
+    if kind == "SGD":
+        style["label"] = kind
+    nodes, weights = m["quadrature"]
+    above = [np.mean(np.sum(weights * (nodes > t), axis=(1, 2))) for t in grid]
+    left.plot(grid, above, **style)
+    right.plot(AWAY, np.mean(m["slice"], axis=0), **style)
+left.set(xscale="log", yscale="log", ylim=(1e-4, 1), xlabel="eigenvalue", ylabel="share above it")
+right.set(yscale="log", xlabel="distance, in lengths of the filters", ylabel="training loss")
+handles, names = left.get_legend_handles_labels()
+figure.legend(handles, names, loc="outside lower center", ncols=4)
+
+# %% [markdown]
+# ## Flatter need not be better
+#
+# Dinh et al. (2017): with ReLU units the weights of a layer can be multiplied by $c$, and those of
+# the next divided by it, without any change of the function. So eigenvalues can be made as large
+# as one likes, and accuracy cannot see them. Adaptive sharpness and filter-normalised slices do not
+# change. Andriushchenko et al. (2023) found that adaptive sharpness too says little about accuracy,
+# and that what it says may have the wrong sign. Here are both: the minimum of the first seed of
+# SGD, rescaled, and the rank correlation of each measure with test accuracy over all minima.
+
+
+# %%
+def rescaled(params, c):
+    first, second, *rest = (params["params"][f"Dense_{i}"] for i in range(3))
+    first = {"kernel": c * first["kernel"], "bias": c * first["bias"]}
+    second = {"kernel": second["kernel"] / c, "bias": second["bias"]}
+    return {"params": {f"Dense_{i}": x for i, x in enumerate((first, second, *rest))}}
+
+
+one = jax.tree.map(lambda x: x[0], MINIMA["SGD"])
+factors = (0.2, 1.0, 5.0)
+same = jax.tree.map(lambda *x: jnp.stack(x), *(rescaled(one, c) for c in factors))
+same = jax.tree.map(lambda x: jnp.concatenate([x, x, x, x[:1]]), same)  # of the compiled shape
+again = measure(same)
+for i, c in enumerate(factors):
+    print(
+        f"c = {c:3}: test accuracy {again['test accuracy'][i]:.2f}, "
+        f"largest eigenvalue {again['eigenvalues'][i, 0]:7.2f}, "
+        f"adaptive sharpness {again['adaptive'][i]:.4f}, "
+        f"loss half a filter away {again['slice'][i, 15]:.3f}"
+    )
+
+measures = {
+    "largest eigenvalue": lambda m: m["eigenvalues"][:, 0],
+    "adaptive sharpness": lambda m: m["adaptive"],
+    "loss half a filter away": lambda m: m["slice"][:, 15],
+}
+rng = np.random.default_rng(0)
+for name, of in measures.items():
+    x = np.array([of(m) for m in found.values()])
+    y = np.array([m["test accuracy"] for m in found.values()])
+    draws = [rng.integers(SEEDS, size=SEEDS) for _ in range(500)]  # whole seeds, with all methods
+    spread = np.percentile(
+        [spearmanr(x[:, d].ravel(), y[:, d].ravel()).statistic for d in draws], [2.5, 97.5]
+    )
+    within = np.mean([spearmanr(a, b).statistic for a, b in zip(x, y, strict=True)])
+    overall = spearmanr(x.ravel(), y.ravel()).statistic
+    print(
+        f"{name:24} with test accuracy: {overall:+.2f} ({spread[0]:+.2f} to {spread[1]:+.2f}) over "
+        f"all minima, {within:+.2f} among those of one method"
+    )
