@@ -178,7 +178,7 @@ def filter_normalized_directions(
 ) -> tuple[Params, ...]:
     r"""Random directions in which every filter is as long as that of the params.
 
-    .. math:: d_{lo} \leftarrow rac{d_{lo}}{\|d_{lo}\|_2} \|	heta_{lo}\|_2, \qquad d \sim N(0, I)
+    .. math:: d_{lo} \leftarrow \frac{d_{lo}}{\|d_{lo}\|_2} \|\theta_{lo}\|_2, \qquad d \sim N(0, I)
 
     A filter is what leads to one output unit o of layer l: a slice of the kernel along its axis of
     outputs. So the plane shows the loss in units of the weights, whatever their scale. In many
@@ -245,7 +245,7 @@ def loss_slice(
 ) -> tuple[jax.Array, jax.Array]:
     r"""The loss on a plane through the params.
 
-    .. math:: L_{ij} = \ell(	heta + a_i d_1 + a_j d_2), \qquad -r \le a_i \le r
+    .. math:: L_{ij} = \ell(\theta + a_i d_1 + a_j d_2), \qquad -r \le a_i \le r
 
     Args:
       loss_fn: params -> loss, a scalar.

@@ -98,10 +98,12 @@ def _draw_by_radius(
     panels: np.ndarray, radii: np.ndarray, runs: list[Mapping[str, Any]], colour: str
 ) -> None:
     """Draws a method late in training; one without a radius as a level, and without r lambda."""
-    by_radius = {run["rho"]: late(run) for run in runs}
-    quantities = [by_radius.get(rho, by_radius.get(None)) for rho in radii]
+    has_radius = runs[0]["rho"] is not None
+    quantities = [late(run) for run in sorted(runs, key=lambda run: run["rho"] or 0.0)]
+    if not has_radius:
+        quantities *= len(radii)
     for axes, name in zip(panels, ("sharpness", "r lambda", "train_accuracy"), strict=True):
-        if name != "r lambda" or None not in by_radius:
+        if name != "r lambda" or has_radius:
             curves = np.stack([q[name] for q in quantities], axis=1)
             draw_mean(axes, radii, curves, colour, "")
     edge = np.stack([q["edge"] for q in quantities], axis=1)
