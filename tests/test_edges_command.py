@@ -147,7 +147,7 @@ def test_command_writes_curves_tables_and_figure(tmp_path, capsys):
         assert run["late"]["sharpness"]["mean"] == pytest.approx(curves[:, -4:].mean())
         ratio = curves[:, -4:] / np.array(run["edge"])[:, -4:]
         assert run["late"]["sharpness / edge"]["mean"] == pytest.approx(ratio.mean())
-    assert check(edges_figure(results, results)) == {"GD", "SAM", "M-SAM"}
+    assert check(edges_figure(results, results)) == {"SGD", "SAM", "M-SAM"}
     table = (tmp_path / "edges.md").read_text()
     assert "No verdicts from 2 seeds" in table
     assert "20 at a step" in table

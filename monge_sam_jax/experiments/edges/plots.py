@@ -25,7 +25,7 @@ PASSES = {
     "two passes": {"sgd": "sgd", "sam": "sam", "monge_sam": "monge_sam"},
     "one pass": {"sgd": "sgd", "one_pass_sam": "sam", "one_pass_monge_sam": "monge_sam"},
 }
-LABELS = {"sgd": "GD", "sam": "SAM", "monge_sam": "M-SAM"}
+LABELS = {"sgd": "SGD", "sam": "SAM", "monge_sam": "M-SAM"}
 SHOWN = 0.1  # about the rho whose curves over training are drawn
 ROWS = ("sharpness", "late sharpness", r"$r \lambda$", "training\naccuracy (%)")
 

@@ -59,7 +59,7 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "sgd": Method("GD"),
+    "sgd": Method("SGD"),
     "sam": Method("SAM", euclidean()),
     "monge_sam": Method("M-SAM", monge()),
     "one_pass_sam": Method("one-pass SAM", euclidean(), one_pass=True),
