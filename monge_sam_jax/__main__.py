@@ -24,6 +24,7 @@ from monge_sam_jax.experiments.common.errors import (
 from monge_sam_jax.experiments.common.options import FINISHED
 from monge_sam_jax.experiments.edges.options import Edges
 from monge_sam_jax.experiments.figures.options import Figures
+from monge_sam_jax.experiments.pairs.options import Pairs
 from monge_sam_jax.experiments.study.options import Study
 from monge_sam_jax.experiments.train.options import Train
 
@@ -81,6 +82,7 @@ COMMANDS = {
     "edges": Command(Edges, "monge_sam_jax.experiments.edges.run:run"),
     "bad-minimum": Command(BadMinimum, "monge_sam_jax.experiments.bad_minimum.run:run", *_STORE),
     "clip": Command(Clip, "monge_sam_jax.experiments.clip.run:run", *_STORE),
+    "pairs": Command(Pairs, "monge_sam_jax.experiments.pairs.run:run"),
 }
 
 

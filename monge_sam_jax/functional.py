@@ -10,20 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from monge_sam_jax._core.masks import check_mask
 from monge_sam_jax.descent import Descent
-from monge_sam_jax.diagnostics import no_diagnostics
-from monge_sam_jax.gradients import conjugate
+from monge_sam_jax.gradients import memoryless
 from monge_sam_jax.metrics import Grads, Params
-from monge_sam_jax.perturbation import (
-    AxisName,
-    Mask,
-    MetricOrFunction,
-    check_ball,
-    check_slots,
-    fresh_states,
-    robust_gradient_when,
-)
+from monge_sam_jax.perturbation import AxisName, Mask, MetricOrFunction
 
 __all__ = ["functional_sam_value_and_grad"]
 __dir__ = __all__.copy
@@ -114,9 +104,19 @@ def functional_sam_value_and_grad(
     >>> fn(jnp.array([1.0, 1.0]), 2.0)  # J = 2 * (params + 0.5 / sqrt(2)), the loss's gradient is 4
     (Array(4., dtype=float32), Array([10.828427, 10.828427], dtype=float32))
     """
-    check_ball(metric, rho, schedule_allowed=False)
-    check_slots(ascent, descent)
-    check_mask(mask)
+    robust_result = memoryless(
+        metric=metric,
+        rho=rho,
+        ascent=ascent,
+        descent=descent,
+        mask=mask,
+        when=when,
+        diagnostics=diagnostics,
+        measure=measure,
+        widen_params=widen_params,
+        axis_name=axis_name,
+        sync_perturbation=sync_perturbation,
+    )
 
     def functional_value_and_grad(params: Params, *args: Any, **kwargs: Any) -> Any:
         def model_at(theta: Params) -> Any:
@@ -127,30 +127,13 @@ def functional_sam_value_and_grad(
         _check_outputs(outputs)
         value, cotangent = jax.value_and_grad(loss_fn)(outputs, *args, **kwargs)
 
-        def ascent_at(perturbed: Params) -> Grads:
+        def grad_fn(perturbed: Params) -> Grads:
             outputs, pullback, _ = jax.vjp(model_at, perturbed, has_aux=True)
             same = jax.tree.map(lambda c, output: c.astype(output.dtype), cotangent, outputs)
-            return conjugate(pullback(same)[0])
+            return pullback(same)[0]
 
-        robust = robust_gradient_when(
-            when,
-            ascent_at,
-            conjugate(pullback(cotangent)[0]),
-            params,
-            metric=metric,
-            ascent=ascent,
-            descent=descent,
-            states=fresh_states(metric, ascent, descent, mask, params),
-            last=no_diagnostics(measure=measure),
-            rho=rho,
-            mask=mask,
-            measure=measure,
-            widen_params=widen_params,
-            axis_name=axis_name,
-            sync_perturbation=sync_perturbation,
-        )
-        result = ((value, aux) if has_aux else value, conjugate(robust.grads))
-        return (*result, robust.diagnostics) if diagnostics else result
+        grads = pullback(cotangent)[0]
+        return robust_result((value, aux) if has_aux else value, grads, grad_fn, params)
 
     return functional_value_and_grad
 

@@ -111,9 +111,19 @@ def sharpness_aware_value_and_grad(
     >>> value_and_grad(jnp.array([3.0, 4.0]), 1.0)  # 2 * (params + [0.3, 0.4])
     (Array(25., dtype=float32), Array([6.6, 8.8], dtype=float32))
     """
-    check_ball(metric, rho, schedule_allowed=False)
-    check_slots(ascent, descent)
-    check_mask(mask)
+    robust_result = memoryless(
+        metric=metric,
+        rho=rho,
+        ascent=ascent,
+        descent=descent,
+        mask=mask,
+        when=when,
+        diagnostics=diagnostics,
+        measure=measure,
+        widen_params=widen_params,
+        axis_name=axis_name,
+        sync_perturbation=sync_perturbation,
+    )
     check_fraction("ascent_batch_fraction", ascent_batch_fraction, zero=False, one=True)
     if ascent_batch_fraction < 1 and when is not True:
         raise ValueError(
@@ -136,13 +146,43 @@ def sharpness_aware_value_and_grad(
         first_pass = differentiate if ascent_batch_fraction == 1 else differentiate_on_part
         value, grads = first_pass(*args, **kwargs)
 
-        def ascent_at(params: Params) -> Grads:
-            return conjugate(differentiate(*_replace(args, argnums, params), **kwargs)[1])
+        def grad_fn(params: Params) -> Grads:
+            return differentiate(*_replace(args, argnums, params), **kwargs)[1]
 
         params = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in argnums)
+        return robust_result(value, grads, grad_fn, params)
+
+    return robust_value_and_grad
+
+
+def memoryless(
+    *,
+    metric: MetricOrFunction,
+    rho: chex.Numeric,
+    ascent: optax.GradientTransformation | None,
+    descent: Descent | None,
+    mask: Mask,
+    when: bool | jax.Array,
+    diagnostics: bool,
+    measure: bool,
+    **options: Any,
+) -> Callable[..., Any]:
+    """What all functions in place of a `value_and_grad` do after the first pass.
+
+    Arguments and errors are those of `sharpness_aware_value_and_grad`. What is returned takes
+    (value, grads, grad_fn, params), with gradients as JAX gives them, and returns what such a
+    function returns.
+    """
+    check_ball(metric, rho, schedule_allowed=False)
+    check_slots(ascent, descent)
+    check_mask(mask)
+
+    def robust_result(
+        value: Any, grads: Grads, grad_fn: Callable[[Params], Grads], params: Params
+    ) -> Any:
         robust = robust_gradient_when(
             when,
-            ascent_at,
+            lambda params: conjugate(grad_fn(params)),
             conjugate(grads),
             params,
             metric=metric,
@@ -153,14 +193,12 @@ def sharpness_aware_value_and_grad(
             rho=rho,
             mask=mask,
             measure=measure,
-            widen_params=widen_params,
-            axis_name=axis_name,
-            sync_perturbation=sync_perturbation,
+            **options,
         )
         result = (value, conjugate(robust.grads))
         return (*result, robust.diagnostics) if diagnostics else result
 
-    return robust_value_and_grad
+    return robust_result
 
 
 def conjugate(grads: Grads) -> Grads:

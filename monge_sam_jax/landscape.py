@@ -178,7 +178,8 @@ def filter_normalized_directions(
 ) -> tuple[Params, ...]:
     r"""Random directions in which every filter is as long as that of the params.
 
-    .. math:: d_{lo} \leftarrow \frac{d_{lo}}{\|d_{lo}\|_2} \|\theta_{lo}\|_2, \qquad d \sim N(0, I)
+    .. math::
+        d_{lo} \leftarrow \frac{d_{lo}}{\|d_{lo}\|_2} \|\theta_{lo}\|_2, \qquad d \sim N(0, I)
 
     A filter is what leads to one output unit o of layer l: a slice of the kernel along its axis of
     outputs. So the plane shows the loss in units of the weights, whatever their scale. In many

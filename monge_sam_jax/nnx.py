@@ -20,21 +20,11 @@ from flax import nnx
 from flax.nnx import filterlib
 
 from monge_sam_jax._core.collectives import make_varying
-from monge_sam_jax._core.masks import check_mask
 from monge_sam_jax.descent import Descent
-from monge_sam_jax.diagnostics import no_diagnostics
-from monge_sam_jax.gradients import conjugate
+from monge_sam_jax.gradients import conjugate, memoryless
 from monge_sam_jax.metrics import Grads, Params
 from monge_sam_jax.one_pass import unperturbed_params
-from monge_sam_jax.perturbation import (
-    AxisName,
-    Mask,
-    MetricOrFunction,
-    check_ball,
-    check_slots,
-    fresh_states,
-    robust_gradient_when,
-)
+from monge_sam_jax.perturbation import AxisName, Mask, MetricOrFunction
 from monge_sam_jax.running_statistics import refresh_running_statistics
 
 __all__ = ["evaluation_model", "grad_fn", "refresh_batch_stats", "sharpness_aware_value_and_grad"]
@@ -131,9 +121,19 @@ def sharpness_aware_value_and_grad(
     >>> step(model, optimizer, jnp.eye(3))
     Array(1.99, dtype=float32)
     """
-    check_ball(metric, rho, schedule_allowed=False)
-    check_slots(ascent, descent)
-    check_mask(mask)
+    robust_result = memoryless(
+        metric=metric,
+        rho=rho,
+        ascent=ascent,
+        descent=descent,
+        mask=mask,
+        when=when,
+        diagnostics=diagnostics,
+        measure=measure,
+        widen_params=widen_params,
+        axis_name=axis_name,
+        sync_perturbation=sync_perturbation,
+    )
     differentiate = value_and_grad(loss_fn, argnums=nnx.DiffState(0, wrt), has_aux=has_aux)
 
     def robust_value_and_grad(model: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -145,25 +145,9 @@ def sharpness_aware_value_and_grad(
         if axis_name is not None:
             nnx.update(model, params)
             _check_local(value[0] if has_aux else value, axis_name)
-        robust = robust_gradient_when(
-            when,
-            second,
-            conjugate(_as_pure(nnx.state(grads))),
-            params,
-            metric=metric,
-            ascent=ascent,
-            descent=descent,
-            states=fresh_states(metric, ascent, descent, mask, params),
-            last=no_diagnostics(measure=measure),
-            rho=rho,
-            mask=mask,
-            measure=measure,
-            widen_params=widen_params,
-            axis_name=axis_name,
-            sync_perturbation=sync_perturbation,
-        )
-        result = (value, _in_form_of(grads, conjugate(robust.grads)))
-        return (*result, robust.diagnostics) if diagnostics else result
+        first = _as_pure(nnx.state(grads))
+        value, robust, *told = robust_result(value, first, second, params)
+        return (value, _in_form_of(grads, robust), *told)
 
     return robust_value_and_grad
 
@@ -222,7 +206,8 @@ def grad_fn(
     True
     """
     differentiate = value_and_grad(loss_fn, argnums=nnx.DiffState(0, wrt), has_aux=has_aux)
-    return _second_pass(differentiate, wrt, model, args, kwargs)
+    second = _second_pass(differentiate, wrt, model, args, kwargs)
+    return lambda params: conjugate(second(params))
 
 
 def _second_pass(
@@ -232,7 +217,7 @@ def _second_pass(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Callable[[Params], Grads]:
-    """The ascent direction at given params, of model and arguments as they are now."""
+    """The gradient at given params, of model and arguments as they are now."""
     snapshot = nnx.clone((model, args, kwargs))  # one graph: what they share stays shared
     expected = _paths(_params(model, wrt))
 
@@ -248,7 +233,7 @@ def _second_pass(
         model, args, kwargs = nnx.clone(snapshot)
         nnx.update(model, arrays)
         _, grads = differentiate(model, *args, **kwargs)
-        return _in_form_of(params, conjugate(grads))
+        return _in_form_of(params, grads)
 
     return second
 

@@ -50,4 +50,5 @@ Image(output / "mechanism.png", width=700)
 # out, and widens as the gradient falls. At small radii the gradient stays small, and nothing tells
 # the two apart.
 #
-# Two seeds and 20 epochs settle little; the verdicts of the real run are in the README.
+# Two seeds and 20 epochs settle little; the verdicts of the real run are among the
+# [claims](claims.md).

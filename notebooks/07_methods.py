@@ -103,6 +103,33 @@
 # - m-sharpness is a function in place of `jax.value_and_grad`, with the optimizer after it.
 
 # %% [markdown]
+# ## The choices in each slot
+#
+# A published method is a choice in four slots, and any choice goes with any other, with masks,
+# schedules and devices. All metrics are on [their page](20_metrics.ipynb).
+#
+# | slot | what it is | some choices |
+# |---|---|---|
+# | `ascent=` | which way is up: an Optax transformation of the first gradient | `optax.ema(0.9)` (VaSSO), `ascent.friendly()`, `ascent.z_score()`, `optax.centralize()`, `optax.scale_by_adam()` |
+# | `metric=` | what a ball is | the table of [metrics](20_metrics.ipynb) |
+# | `descent=` | what is followed, of both gradients | the second; `descent.surrogate_gap()` (GSAM), `weighted()` (WSAM), `stable()` (SSAM), `look()` (LookSAM) |
+# | `when=` | at which steps | a function of the count; `when.gradient_is_large()` (AE-SAM) |
+#
+# One line that takes all four:
+#
+# ```py
+# tx = optax.chain(
+#     ms.sam(grad_fn, rho=0.05, ascent=ascent.friendly(), descent=descent.surrogate_gap(0.1),
+#            when=when.gradient_is_large()),
+#     optax.adamw(1e-3),
+# )
+# ```
+#
+# `one_pass_sam` takes `ascent` and every metric; it has no second gradient for `descent`.
+# `functional_sam_value_and_grad` perturbs the model and not the loss of its outputs (Singh et al.
+# 2025), and `geodesic_perturbation` follows the geodesic of the Monge metric in place of its tangent.
+
+# %% [markdown]
 # ## What the table calls by a bare name, and how to add a row
 #
 # A row is a line of the table, a loop of about five lines in `tests/test_methods.py`, and, where a

@@ -161,6 +161,21 @@ def test_words_are_those_of_training(tmp_path):
     cut = clip_data.WORDS // 2 * [numbers["dog"], numbers["a"]]
     np.testing.assert_array_equal(corpus.val.words, [cut, [0] * clip_data.WORDS])
     np.testing.assert_array_equal(corpus.test.words[:, :3], [[2, 1, 0], [3, 0, 0]])
+    assert corpus.cut == 1
+    assert clip_data.unknown_words(corpus.test) == pytest.approx(1 / 3)
+
+
+def test_pictures_of_a_folder_are_on_white(tmp_path):
+    pixels = np.zeros((4, 4, 4), np.uint8)  # black, and transparent on the left
+    pixels[:, 2:, 3] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for name in clip_data.SPLITS:
+        (tmp_path / f"{name}.jsonl").write_text('{"image": "a.png", "caption": "a"}')
+    images = np.asarray(clip_data.from_folder(tmp_path, 4, fewest=1).test.images)
+    np.testing.assert_array_equal(images[0, :, :, 0], np.repeat([[1, 1, 0, 0]], 4, axis=0))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nno chunk at all")  # no OSError in Pillow
+    with pytest.raises(InputError, match="line 1: no image can be read"):
+        clip_data.from_folder(tmp_path, 4, fewest=1)
 
 
 def good(count=3):
@@ -557,8 +572,13 @@ def test_command_on_pairs_of_a_folder(tmp_path):
     sizes = {"pretrain": 512, "train": 128, "val": 64, "test": 64}
     splits = {name: scenes(PLAIN, n, 16, n) for name, n in sizes.items()}
     write_folder(tmp_path / "pairs", "npz", splits)
-    results = run_command(tmp_path / "out", "--data", str(tmp_path / "pairs"), "--rho", "0.1")
-    assert results["data"] == {"name": "pairs", "pairs": sizes}
+    more = ["--data", str(tmp_path / "pairs"), "--rho", "0.1", "--pretraining-steps", "100"]
+    results = run_command(tmp_path / "out", *more)
+    assert results["configuration"]["pretraining_steps"] == 100
+    assert results["data"]["pairs"] == sizes
+    assert results["data"]["unknown_words"] == results["data"]["cut_captions"] == 0
+    told = "Pairs of pairs: pretrain 512, train 128, val 64, test 64. 0% of the words"
+    assert told in (tmp_path / "out" / "tables.md").read_text()
     for cell in results["cells"]:
         one, other = (seed["test_loss"][0] for seed in cell["seeds"])
         assert one != other  # the pairs are the same, the params and batches are not
@@ -643,6 +663,7 @@ def fails(arguments, message, capsys):
     [
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--steps", "-1"], "--steps must be at least 1"),
+        (["--pretraining-steps", "0"], "--pretraining-steps must be at least 1"),
         (["--seed", "-1"], "--seed must be from 0"),
         (["--rho", "-0.1"], "--rho needs finite numbers"),
         (["--rho", "0.1", "0.1"], "--rho has a number twice"),

@@ -1,4 +1,4 @@
-"""Equinox and Haiku: what the README shows, against loops written by hand."""
+"""Equinox and Haiku: what the guide shows, against loops written by hand."""
 
 import functools
 

@@ -105,7 +105,7 @@ class BadMinimum(InFolderOfPreset):
 
     Attributes:
       preset: What all options below it but seeds, seed, data_dir and output are, unless given.
-        smoke takes seconds, digits about ten minutes on two cores, digits-resnet (a small
+        smoke takes seconds, digits about eight minutes on two cores, digits-resnet (a small
         ResNet with BatchNorm) twenty. paper is the paper's: ResNet-18 on CIFAR-10, for an
         accelerator, 8 GB of memory for the confusion set and --data-dir.
       data: digits are scikit-learn's 1797 handwritten digits of 8 x 8 pixels, divided anew for

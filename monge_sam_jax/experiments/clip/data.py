@@ -22,6 +22,7 @@ from monge_sam_jax.experiments.clip.scenes import (
 )
 from monge_sam_jax.experiments.common.data import UNREADABLE, load_arrays
 from monge_sam_jax.experiments.common.errors import InputError
+from monge_sam_jax.experiments.common.pictures import NO_PICTURE, on_white
 
 WORDS = 16  # of a caption that are read
 MOST_WORDS = 5000  # of the vocabulary
@@ -48,6 +49,7 @@ class Corpus(NamedTuple):
       test: those that are reported.
       vocabulary: number of word numbers.
       labels: classes of the test pairs, or None.
+      cut: number of captions that have more words than are read.
     """
 
     pretrain: Pairs
@@ -56,6 +58,7 @@ class Corpus(NamedTuple):
     test: Pairs
     vocabulary: int
     labels: np.ndarray | None
+    cut: int
 
 
 def generated(size: Preset, side: int, seed: int) -> Corpus:
@@ -115,7 +118,16 @@ def _corpus(splits: dict[str, Split]) -> Corpus:
     }
     # Rounded up, so that what is compiled for one seed serves the others.
     vocabulary = -(-(UNKNOWN + 1 + len(numbers)) // VOCABULARY_STEP) * VOCABULARY_STEP
-    return Corpus(**pairs, vocabulary=vocabulary, labels=splits["test"].labels)
+    cut = sum(
+        len(_words(caption)) > WORDS for split in splits.values() for caption in split.captions
+    )
+    return Corpus(**pairs, vocabulary=vocabulary, labels=splits["test"].labels, cut=cut)
+
+
+def unknown_words(pairs: Pairs) -> float:
+    """The share of the captions' words, of those that are read, that are not the vocabulary's."""
+    words = np.asarray(pairs.words)
+    return float(np.sum(words == UNKNOWN) / max(np.sum(words != PADDING), 1))
 
 
 def _words(caption: str) -> list[str]:
@@ -168,7 +180,7 @@ def _from_jsonl(path: Path, side: int) -> Iterator[tuple[np.ndarray, str, Any]]:
         try:
             with Image.open(path.parent / image) as picture:
                 yield _fit(picture, side), caption, pair.get("label")
-        except OSError as error:
+        except NO_PICTURE as error:
             raise InputError(f"line {number}: no image can be read: {error}") from error
 
 
@@ -209,6 +221,6 @@ def check_labels(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def _fit(image: Image.Image, side: int) -> np.ndarray:
-    """Three channels from 0 to 1, scaled to a square."""
-    scaled = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+    """Three channels from 0 to 1, on white where it is transparent, scaled to a square."""
+    scaled = on_white(image).resize((side, side), Image.Resampling.BILINEAR)
     return np.asarray(scaled, np.float32) / 255

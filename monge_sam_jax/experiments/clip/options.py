@@ -77,6 +77,8 @@ class Clip(InFolderOfPreset):
         are there.
       seed: The first of them; the others follow it.
       steps: Steps of fine-tuning. By default the preset's.
+      pretraining_steps: Steps of pre-training. By default the preset's, which are meant for as many
+        pairs as are generated: fewer pairs are learnt by heart, and few steps are better.
       sgd_rates: Learning rates of SGD, and of SAM and M-SAM if that is their base. By default the
         preset's, like the next two.
       adam_rates: The same for Adam.
@@ -99,6 +101,7 @@ class Clip(InFolderOfPreset):
     seeds: int | None = None
     seed: int = 0
     steps: int | None = None
+    pretraining_steps: int | None = None
     sgd_rates: tuple[float, ...] = ()
     adam_rates: tuple[float, ...] = ()
     rho: tuple[float, ...] = ()
@@ -113,12 +116,14 @@ class Clip(InFolderOfPreset):
     def size(self) -> Preset:
         """The preset with what was given instead."""
         given = {name: getattr(self, name) for name in ("sgd_rates", "adam_rates", "rho")}
-        given |= {"seeds": self.seeds, "steps": self.steps}
+        given |= {name: getattr(self, name) for name in ("seeds", "steps", "pretraining_steps")}
         return PRESETS[self.preset]._replace(**{name: v for name, v in given.items() if v})
 
     def check(self) -> None:
         """Raises an InputError where an option cannot be used."""
-        check_counts({name: getattr(self, name) for name in ("seeds", "steps", "k")})
+        check_counts(
+            {name: getattr(self, name) for name in ("seeds", "steps", "pretraining_steps", "k")}
+        )
         check_seed(self.seed)
         for name in ("sgd_rates", "adam_rates", "rho"):
             values = getattr(self, name)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from monge_sam_jax.experiments.clip.data import WORDS
 from monge_sam_jax.experiments.clip.training import LABELS
 from monge_sam_jax.experiments.common import report
 from monge_sam_jax.experiments.common.report import Difference
@@ -179,6 +180,7 @@ def markdown(results: Json) -> str:
         f"alignment of unrelated embeddings is {chance['alignment']:.3f}, their loss "
         f"{chance['loss']:.3f}.",
         "",
+        *_captions(results),
         *_table_1(cells),
         *_table_2(cells),
         *_table_3(cells),
@@ -188,6 +190,20 @@ def markdown(results: Json) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _captions(results: Json) -> list[str]:
+    """What is not read of the user's captions."""
+    if results["configuration"]["data"] is None:
+        return []
+    data = results["data"]
+    cut = report.count(data["cut_captions"], "caption")
+    return [
+        f"Pairs of {data['name']}: {', '.join(f'{n} {x}' for n, x in data['pairs'].items())}. "
+        f"{data['unknown_words']:.0%} of the words in test captions are in none to train with; "
+        f"of {cut} only the first {WORDS} words are read.",
+        "",
+    ]
 
 
 def _table_1(cells: Sequence[Json]) -> list[str]:

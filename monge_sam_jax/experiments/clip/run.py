@@ -97,6 +97,8 @@ def study(options: Clip) -> tuple[dict[str, Any], list[Panel]]:
             "pairs": {
                 name: len(getattr(corpus, name).words) for name in ("pretrain", *clip_data.SPLITS)
             },
+            "cut_captions": corpus.cut,
+            "unknown_words": clip_data.unknown_words(corpus.test),
         },
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "chance": chance,
