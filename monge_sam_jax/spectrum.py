@@ -112,7 +112,7 @@ def lanczos_quadrature(
     v, which decreases as 1 / (n S): at most :math:`2 \|f(H)\|_F^2 / (n^2 S)`.
 
     It takes S m products, and keeps m vectors of the size of the params, against which every new
-    one is orthogonalised, twice; the samples are drawn one after another. Without that, as
+    one is orthogonalised; the samples are drawn one after another. Without that, as
     `reorthogonalize=False` has it, five vectors are kept. Eigenvalues that are found then are found
     again, as copies that share the weight: the quadrature hardly changes.
 

@@ -182,7 +182,7 @@ OTHER = {  # options that differ from `SMALL`, and what the refusal calls them
     "figures": (("1", "2"), "the numbers of the figures (was 3, is 1 2)"),
     "bench": (("--rounds", "3"), "--rounds (was 9, is 3)"),
     "study": (("--rho", "0.3"), "--rho (was the default, is 0.3)"),
-    "edges": (("--rho", "0.3"), "--rho (was 0.05 0.1 0.2 0.5 1.0, is 0.3)"),
+    "edges": (("--rho", "0.3"), "--rho (was 0.03 0.1 0.3 0.5 0.7 1.0, is 0.3)"),
     "bad-minimum": (("--momentum", "0.5"), "--momentum (was 0.9, is 0.5)"),
     "clip": (("--k", "5"), "--k (was 8, is 5)"),
     "pairs": (("--side", "32"), "--side (was 64, is 32)"),

@@ -190,6 +190,8 @@ def test_products_are_counted():
     assert len(count) == 21
     lanczos_eigenvalues(SymmetricOperator(product), jnp.zeros(50), KEY, num_steps=9)
     assert len(count) == 30
+    spectral_density(SymmetricOperator(product), jnp.zeros(50), KEY)
+    assert len(count) == 30 + 4 * 40
 
 
 @pytest.mark.parametrize("spectrum", [np.geomspace(1e-4, 1e4, 300), np.linspace(-1.0, 1.0, 300)])

@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from monge_sam_jax.experiments.common.errors import InputError
-from monge_sam_jax.experiments.common.options import check_numbers, check_seed, flag
+from monge_sam_jax.experiments.common.options import (
+    check_counts,
+    check_list,
+    check_numbers,
+    check_seed,
+    flag,
+)
 
 Direction: TypeAlias = Literal["gradient", "momentum"]
 MOST_IMAGES = 898  # of the training half
@@ -15,17 +21,21 @@ MOST_IMAGES = 898  # of the training half
 class Edges:
     """Compare the sharpness that training settles at with the predicted edge of stability.
 
-    Gradient descent, SAM and M-SAM in two passes and in one, on all images at every step, of
-    scikit-learn's handwritten digits, with the squared error of a network of two hidden layers of
-    ReLU units. The largest eigenvalue of the Hessian is compared with the edge at the effective
-    radius that the optimizer's diagnostics have at the time.
+    Gradient descent, SAM and M-SAM in two passes and in one, on all images at every step or on
+    mini-batches, of scikit-learn's handwritten digits, with the squared error of a network of two
+    hidden layers of ReLU units. The largest eigenvalue of the Hessian of all images is compared
+    with the edge at the effective radius that the optimizer's diagnostics have at the time. Two
+    predictions are judged: that sharpness settles at that edge, and that training collapses from
+    the rho on at which that radius times the sharpness is one.
 
     Attributes:
       rho: Radii, each a column of the tables.
+      batch_size: Images of a step, drawn anew in every epoch without replacement; all of them if it
+        is not given.
       learning_rate: Of gradient descent.
       momentum: Of the same, as in optax.sgd.
       direction: What one pass perturbs along, the gradient or the momentum.
-      seeds: Number of seeds: of the initial params, and of the choice of images.
+      seeds: Number of seeds: of the initial params, and of the choice and order of images.
       seed: The first of them; the others follow it.
       images: Number of training images; 898 at most.
       width: Units of a hidden layer.
@@ -35,15 +45,16 @@ class Edges:
       overwrite: Write over the results of other options, if the output folder has some.
     """
 
-    rho: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0)
-    learning_rate: float = 0.1
+    rho: tuple[float, ...] = (0.03, 0.1, 0.3, 0.5, 0.7, 1.0)
+    batch_size: int | None = None
+    learning_rate: float = 0.2
     momentum: float = 0.0
     direction: Direction = "gradient"
-    seeds: int = 3
+    seeds: int = 10
     seed: int = 0
-    images: int = 500
-    width: int = 64
-    steps: int = 2000
+    images: int = 150
+    width: int = 24
+    steps: int = 1000
     output: Path = Path("runs/edges")
     overwrite: bool = False
 
@@ -54,8 +65,8 @@ class Edges:
             raise InputError(f"--momentum must be less than 1, got {self.momentum}")
         if self.direction == "momentum" and self.momentum == 0:
             raise InputError("--direction momentum needs a --momentum above zero")
-        if not self.rho:
-            raise InputError("--rho needs at least one number")
+        check_list("rho", self.rho, "number")
+        check_counts({"batch_size": self.batch_size})
         check_numbers({"learning_rate": self.learning_rate}, positive=True)
         for name, least in (("seeds", 1), ("images", 1), ("width", 1), ("steps", 10)):
             if getattr(self, name) < least:
@@ -64,4 +75,8 @@ class Edges:
                 )
         if self.images > MOST_IMAGES:
             raise InputError(f"--images must be at most {MOST_IMAGES}, got {self.images}")
+        if self.batch_size is not None and self.batch_size > self.images:
+            raise InputError(
+                f"--batch-size must be at most --images, {self.images}, got {self.batch_size}"
+            )
         check_seed(self.seed)

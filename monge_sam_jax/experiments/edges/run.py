@@ -4,12 +4,11 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.markdown import Markdown
 
 from monge_sam_jax.experiments.common import report
 from monge_sam_jax.experiments.common.progress import steps
 from monge_sam_jax.experiments.edges import training
+from monge_sam_jax.experiments.edges.claims import claims, late
 from monge_sam_jax.experiments.edges.options import Edges
 from monge_sam_jax.experiments.edges.plots import edges_figure
 from monge_sam_jax.experiments.edges.report import markdown
@@ -28,13 +27,14 @@ def run(options: Edges) -> None:
     options.check()
     report.prepare_output(options.output, dataclasses.asdict(options), options.overwrite)
     results = compare(options)
-    report.write_json(options.output / "results.json", results)
-    tables = markdown(results)
-    (options.output / "edges.md").write_text(tables, encoding="utf-8")
-    edges_figure(results).savefig(options.output / "edges.png")
-    console = Console()
-    console.print(Markdown(tables))
-    console.print(f"Wrote results.json, edges.md and edges.png to {options.output}", soft_wrap=True)
+    report.publish(
+        options.output,
+        {
+            "results.json": results,
+            "edges.md": markdown(results),
+            "edges.png": edges_figure(results),
+        },
+    )
 
 
 def compare(options: Edges) -> dict[str, Any]:
@@ -63,21 +63,20 @@ def compare(options: Edges) -> dict[str, Any]:
             "method": name,
             "label": METHODS[name].label,
             "rho": rho,
-            "at_end": report.summarise([_at_end(curve) for curve in seeds]),
             **{key: [curve[key].tolist() for curve in seeds] for key in seeds[0]},
         }
         for (name, rho), seeds in curves.items()
     ]
-    return report.jsonable(
-        {
-            "configuration": dataclasses.asdict(options),
-            **report.environment(),
-            "steps": [part * i for i in range(training.EVALUATIONS + 1)],
-            "runs": runs,
-        }
-    )
+    results = {
+        "configuration": dataclasses.asdict(options),
+        **report.environment(),
+        "steps": [part * i for i in range(training.EVALUATIONS + 1)],
+        "runs": [{**run, "late": _over_seeds(late(run))} for run in runs],
+        "claims": claims(dataclasses.asdict(options), runs),
+    }
+    return report.jsonable(results)
 
 
-def _at_end(curve: dict[str, np.ndarray]) -> dict[str, float]:
-    last = {key: float(values[-1]) for key, values in curve.items()}
-    return last | {"sharpness / edge": last["sharpness"] / last["edge"]}
+def _over_seeds(quantities: dict[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
+    rows = zip(*quantities.values(), strict=True)
+    return report.summarise([dict(zip(quantities, map(float, row), strict=True)) for row in rows])

@@ -9,13 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
-from scipy.sparse.linalg import eigsh  # type: ignore[import-untyped]
 
-from monge_sam_jax.curvature import arpack, hvp
+from monge_sam_jax.curvature import lanczos_eigenvalues
 from monge_sam_jax.diagnostics import get_diagnostics
 from monge_sam_jax.edges import edge_of_stability, one_pass_edge_of_stability
-from monge_sam_jax.experiments.common.data import Batch, handwritten_digits
+from monge_sam_jax.experiments.common.data import Batch, handwritten_digits, shuffled_rows
 from monge_sam_jax.experiments.common.models import MLP
 from monge_sam_jax.experiments.edges.options import Edges
 from monge_sam_jax.metrics import Metric, euclidean, monge
@@ -24,6 +22,7 @@ from monge_sam_jax.transforms import sharpness_aware
 
 CLASSES = 10
 EVALUATIONS = 10
+PRODUCTS = 15  # with the Hessian, for its largest eigenvalue
 WINDOW = 50  # steps before an evaluation, over which the median of the effective radius is taken
 
 
@@ -60,7 +59,7 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "sgd": Method("GD"),
+    "sgd": Method("SGD"),
     "sam": Method("SAM", euclidean()),
     "monge_sam": Method("M-SAM", monge()),
     "one_pass_sam": Method("one-pass SAM", euclidean(), one_pass=True),
@@ -69,20 +68,33 @@ METHODS = {
 
 
 class Problem(NamedTuple):
-    """What is learnt from one seed: from which params, from which samples, and judged by which."""
+    """What is learnt from one seed.
+
+    Attributes:
+      params: where training starts.
+      train: the samples that it has.
+      test: those that judge it.
+      rows: of the training samples, those of every step (steps, batch size), the same for all
+        methods; None: all at every step.
+    """
 
     params: chex.ArrayTree
     train: Batch
     test: Batch
+    rows: np.ndarray | None
 
 
 def problem(seed: int, options: Edges) -> Problem:
     """Fresh params, and training images drawn at random from the training half of the digits."""
-    digits = handwritten_digits()
-    chosen = np.random.default_rng(seed).permutation(len(digits.train.y))[: options.images]
+    digits, rng = handwritten_digits(), np.random.default_rng(seed)
+    chosen = rng.permutation(len(digits.train.y))[: options.images]
     train = Batch(digits.train.x[chosen], digits.train.y[chosen])
     params = MLP(CLASSES, options.width).init(jax.random.key(seed), train.x)
-    return Problem(params, train, digits.test)
+    rows = None
+    if options.batch_size is not None:
+        epochs = -(-options.steps // (options.images // options.batch_size))
+        rows = shuffled_rows(options.images, options.batch_size, rng, epochs)[: options.steps]
+    return Problem(params, train, digits.test, rows)
 
 
 def squared_error(params: chex.ArrayTree, batch: Batch) -> jax.Array:
@@ -93,9 +105,16 @@ def squared_error(params: chex.ArrayTree, batch: Batch) -> jax.Array:
 
 @jax.jit
 def measure(params: chex.ArrayTree, train: Batch, test: Batch) -> dict[str, jax.Array]:
-    """Loss on the training samples, and percentage of the test samples that is right."""
-    right = jnp.argmax(_outputs(params, test.x), axis=-1) == test.y
-    return {"loss": squared_error(params, train), "test_accuracy": 100 * jnp.mean(right)}
+    """Loss on the training samples, and which percentage of them and of the others is right."""
+
+    def accuracy(batch: Batch) -> jax.Array:
+        return 100 * jnp.mean(jnp.argmax(_outputs(params, batch.x), axis=-1) == batch.y)
+
+    return {
+        "loss": squared_error(params, train),
+        "train_accuracy": accuracy(train),
+        "test_accuracy": accuracy(test),
+    }
 
 
 def _outputs(params: chex.ArrayTree, x: jax.Array) -> jax.Array:
@@ -103,18 +122,12 @@ def _outputs(params: chex.ArrayTree, x: jax.Array) -> jax.Array:
     return MLP(CLASSES, width).apply(params, x)  # type: ignore[return-value]
 
 
-def largest_eigenvalue(params: chex.ArrayTree, train: Batch) -> float:
-    """That of the Hessian, by `arpack` over products that are compiled once for all calls."""
-    theta, _ = ravel_pytree(params)
-    product = functools.partial(_hessian_product, params, train)
-    return float(arpack(eigsh, product, theta, 1, 0, which="LA", tol=1e-2)[0][0])
-
-
 @jax.jit
-def _hessian_product(params: chex.ArrayTree, train: Batch, v: jax.Array) -> jax.Array:
-    _, unravel = ravel_pytree(params)
+def largest_eigenvalue(params: chex.ArrayTree, train: Batch) -> jax.Array:
+    """That of the Hessian, to a thousandth where it stands apart from the second."""
     loss_fn = functools.partial(squared_error, batch=train)
-    return ravel_pytree(hvp(loss_fn, params, unravel(v)))[0]
+    values, _ = lanczos_eigenvalues(loss_fn, params, jax.random.key(0), num_steps=PRODUCTS)
+    return values[0]
 
 
 def learn(problem: Problem, name: str, rho: float, options: Edges) -> dict[str, np.ndarray]:
@@ -127,14 +140,16 @@ def learn(problem: Problem, name: str, rho: float, options: Edges) -> dict[str, 
       options: those of the optimizer, and the number of steps.
 
     Returns:
-      Curves of "loss", "test_accuracy" and "sharpness", the largest eigenvalue of the Hessian, all
-      at the unperturbed params; "effective_radius", the median over the last steps before; and
-      "edge", the sharpness predicted from it. NaN from where the loss is no longer finite.
+      Curves of "loss", "train_accuracy", "test_accuracy" and "sharpness", the largest eigenvalue of
+      the Hessian, all of all samples at the unperturbed params; "effective_radius", that of the
+      steps' batches, the median over the last steps before; and "edge", the sharpness predicted
+      from it. NaN from where the loss is no longer finite.
     """
     method = METHODS[name]
     params = problem.params
     carry = params, method.optimizer(options, rho).init(params)
-    names = ("loss", "test_accuracy", "sharpness", "effective_radius")
+    part = options.steps // EVALUATIONS
+    names = ("loss", "train_accuracy", "test_accuracy", "sharpness", "effective_radius")
     curves = {key: np.full(EVALUATIONS + 1, np.nan) for key in names}
     radius = np.nan
     for i in range(EVALUATIONS + 1):
@@ -146,13 +161,8 @@ def learn(problem: Problem, name: str, rho: float, options: Edges) -> dict[str, 
         for key, value in measured.items():
             curves[key][i] = value
         if i < EVALUATIONS:
-            carry, radii = _advance(
-                carry,
-                problem.train,
-                rho,
-                name=name,
-                options=options,
-            )
+            rows = None if problem.rows is None else problem.rows[i * part : (i + 1) * part]
+            carry, radii = _advance(carry, problem.train, rows, rho, name=name, options=options)
             params, opt_state = carry
             if method.one_pass:
                 params = unperturbed_params(opt_state, params)
@@ -164,6 +174,7 @@ def learn(problem: Problem, name: str, rho: float, options: Edges) -> dict[str, 
 def _advance(
     carry: tuple[chex.ArrayTree, optax.OptState],
     train: Batch,
+    rows: jax.Array | None,
     rho: float,
     *,
     name: str,
@@ -172,17 +183,18 @@ def _advance(
     """Params and optimizer state after some steps, and the effective radius at each."""
     method = METHODS[name]
     optimizer = method.optimizer(options, rho)
-    grad_fn = jax.grad(functools.partial(squared_error, batch=train))
-    given = {} if method.metric is None or method.one_pass else {"grad_fn": grad_fn}
 
     def step(
-        carry: tuple[chex.ArrayTree, optax.OptState], _: None
+        carry: tuple[chex.ArrayTree, optax.OptState], row: jax.Array | None
     ) -> tuple[tuple[chex.ArrayTree, optax.OptState], jax.Array]:
         params, opt_state = carry
+        batch = train if row is None else Batch(train.x[row], train.y[row])
+        grad_fn = jax.grad(functools.partial(squared_error, batch=batch))
+        given = {} if method.metric is None or method.one_pass else {"grad_fn": grad_fn}
         updates, opt_state = optimizer.update(grad_fn(params), opt_state, params, **given)
         radius = jnp.zeros(())
         if method.metric is not None:
             radius = get_diagnostics(opt_state).effective_radius
         return (optax.apply_updates(params, updates), opt_state), radius
 
-    return jax.lax.scan(step, carry, length=options.steps // EVALUATIONS)
+    return jax.lax.scan(step, carry, rows, length=options.steps // EVALUATIONS)

@@ -6,8 +6,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
-LEVEL = 0.95  # of intervals, and of all verdicts of a task together
-RESAMPLES = 9999
+from monge_sam_jax.experiments.common.statistics import LEVEL, RESAMPLES, interval
 
 Choice = TypeVar("Choice", bound=Hashable)
 
@@ -47,15 +46,9 @@ def compare(scores: Sequence[float], baseline: Sequence[float]) -> Comparison:
     mean = float(np.mean(differences))
     if len(differences) < 2 or not np.isfinite(mean) or np.ptp(differences) == 0:
         return Comparison(mean, mean, mean, None)
-    interval = stats.bootstrap(
-        (differences,),
-        np.mean,
-        confidence_level=LEVEL,
-        n_resamples=RESAMPLES,
-        random_state=np.random.default_rng(0),
-    ).confidence_interval
+    low, high = interval(differences)
     if 2 / 2 ** len(differences) > 1 - LEVEL:
-        return Comparison(mean, interval.low, interval.high, None)
+        return Comparison(mean, low, high, None)
     test = stats.permutation_test(
         (differences,),
         np.mean,
@@ -63,7 +56,7 @@ def compare(scores: Sequence[float], baseline: Sequence[float]) -> Comparison:
         n_resamples=RESAMPLES,
         random_state=np.random.default_rng(0),
     )
-    return Comparison(mean, interval.low, interval.high, float(test.pvalue))
+    return Comparison(mean, low, high, float(test.pvalue))
 
 
 def judged(comparisons: Mapping[Choice, Comparison]) -> dict[Choice, Comparison]:
