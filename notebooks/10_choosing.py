@@ -21,7 +21,7 @@
 # | `monge_sam` | 0.05, then 0.2, 1 | 2 | fine-tuning, a large rho, learning rates that are not tuned | where the loss is a sum or scaled: its length depends on the scale |
 # | `sam` | 0.05, then 0.2, 1 | 2 | to compare with what is published | with a rho so large that training falls apart: `monge_sam` bears more |
 # | `adaptive_sam` | 0.5, then 2, 10 | 2 | wrong labels; weights that differ much in size | where weights begin at zero, as in new adapters: they are hardly perturbed |
-# | `one_pass_sam` | 0.05, falling to 0 | 1 | where two gradients a step are too many | at a constant rho to the end: it circles around minima; with wrong labels, for twice as many steps |
+# | `one_pass_sam` | 0.05, then 0.2, 1; rising over a tenth of training, then falling to 0 | 1 | where two gradients a step are too many | at a constant rho to the end: it circles around minima, and falls apart sooner |
 # | `sam`, `when=` the last tenth | 0.05, then 0.2, 1 | 1.1 | training that is long already | from a bad minimum or with wrong labels: it gains less there |
 #
 # None of them pays where the test error is not one of generalising: where training losses are tiny, as in
@@ -38,7 +38,8 @@
 # training falls apart. As training goes on M-SAM's length approaches rho, where SAM's is rho from the start, so both have the
 # same line.
 #
-# A radius may fall with time; every builder takes an Optax schedule of the step count. In one pass that is worth the most:
+# A radius may change with time; every builder takes an Optax schedule of the step count. In one pass that is worth the
+# most: [of what was tried](study.md#radius-of-one-pass) the best rises over a tenth of training, and then falls to zero.
 
 # %%
 import jax
@@ -53,8 +54,13 @@ def loss_fn(params):
 
 
 steps = 200
-falling = optax.linear_schedule(0.3, 0.0, steps)
-tx = ms.one_pass_sam(optax.sgd(0.05), rho=falling)
+
+
+def radius(count):
+    return 0.3 * jnp.minimum(1, 10 * count / steps) * jnp.maximum(0, 1 - count / steps)
+
+
+tx = ms.one_pass_sam(optax.sgd(0.05), rho=radius)
 params = {"w": jnp.array([0.3, -2.0])}
 opt_state = tx.init(params)
 update = jax.jit(tx.update)
