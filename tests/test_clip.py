@@ -401,7 +401,7 @@ def study_of(alignments, finals, last=last_difference):
         ]
         cells.append(cell_of(method, rate, rho, *runs))
     return {
-        "configuration": {"base": "sgd", "seeds": 3},
+        "configuration": {"base": "sgd", "seeds": 3, "data": None},
         "chance": {"alignment": 0.016, "loss": math.log(128)},
         "cells": cells,
         "claims": clip_report.claims(cells, 0.99),
@@ -603,7 +603,7 @@ def check_outputs(results, folder, grid):
     assert len(starts) == 1
     titles = [panel["title"].split(",")[0] for panel in results["figure7"]]
     assert titles == ["before", "SAM", "M-SAM"]
-    assert len(results["claims"]) == 7
+    assert len(results["claims"]) in (6, 7)  # two methods can both be best at step 0
     assert (folder / "tables.md").read_text() == clip_report.markdown(results)
     assert check_column(mechanism_figure(results)) == {"SAM", "M-SAM"}
     for picture in ("figure7.png", "mechanism.png"):
