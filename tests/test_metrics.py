@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import CASES, dense_perturbation, flat, relative_error
 
@@ -133,6 +133,7 @@ FLOATS = {"float16": jnp.float16, "bfloat16": jnp.bfloat16, "float32": jnp.float
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("leaves", [1, 300])
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
+@settings(max_examples=25)
 @given(exponent=st.floats(0, 1), seed=st.integers(0, 100))
 def test_length_from_the_smallest_normal_number_to_the_largest(
     dtype, leaves, alpha, exponent, seed

@@ -716,7 +716,7 @@ def chosen(choice, **options):
     }
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(choices)
 def test_any_choice_keeps_the_promises(choice):
     """Types stay, one compilation, the same under jit, resumed, at rho = 0, and with NaN."""
@@ -764,7 +764,7 @@ one_pass_choices = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(one_pass_choices)
 def test_any_choice_in_one_pass(choice):
     """theta is the base optimizer's at the gradients that were given, and at rho = 0 y is too."""
