@@ -45,6 +45,13 @@ TASK = "label-noise-30"
 RHO = 0.1
 
 
+@pytest.fixture
+def quick_random_numbers():
+    """To compile the default generator takes longer than the rest of a network of many shapes."""
+    with jax.default_prng_impl("unsafe_rbg"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def problem():
     return TASKS[TASK].make(0, SIZE)
@@ -240,6 +247,7 @@ def test_mnist_needs_what_it_comes_with(monkeypatch):
         images.mnist.__wrapped__()
 
 
+@pytest.mark.usefixtures("quick_random_numbers")
 def test_a_residual_network_descends():
     """As in a loop by hand; and it has no running statistics."""
     setting = RESNET_ON_DIGITS
@@ -276,8 +284,8 @@ SMALL_TEXT = Size(1, 1, 1, text_width=16, text_layers=1, text_steps=10)
 loss_of_text, grad_of_text = map(jax.jit, (text.TEXT.loss, jax.grad(text.TEXT.loss)))
 
 
-@pytest.fixture(scope="module")
-def reader():
+@pytest.fixture
+def reader(quick_random_numbers):
     return TASKS["forgetting"].make(0, SMALL_TEXT)
 
 
