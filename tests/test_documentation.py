@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 import monge_sam_jax as ms
 from monge_sam_jax.__main__ import COMMANDS
+from monge_sam_jax.experiments.common.report import PLACES
 from monge_sam_jax.experiments.study.options import PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +63,11 @@ def test_links_lead_somewhere(path):
             assert place.exists(), target
             headings = re.findall(r"^#+ (.*)$", PAGES.get(place, ""), re.M)
             assert not anchor or anchor in {h.lower().replace(" ", "-") for h in headings}, target
+
+
+def test_what_pages_are_made_from_names_no_folder():
+    kept = json.loads((NOTEBOOKS / "study.json").read_text("utf-8"))
+    assert [set(PLACES) & set(summary["configuration"]) for summary in kept] == [set(), set()]
 
 
 def test_the_index_has_every_page():

@@ -38,14 +38,14 @@ def row(result, **where):
 
 
 def test_the_saddle_draws_two_passes_and_not_one(result):
-    for method, two, one in (("SAM", 0.32, 0.06), ("M-SAM", 0.16, 0.03)):
+    for method, two, one in (("SAM", 0.32, 0.05), ("M-SAM", 0.16, 0.03)):
         at = {"method": method, "at": "theta"}
-        one_start, two_starts = 0.011, 0.021  # rounding moves as many of one pass
+        one_start = 0.011  # as rounding moves; SAM's in one pass are 4 or 6 by the processor
         assert row(result, **at, passes="two", steps=200)["saddle"] == pytest.approx(
             two, abs=one_start
         )
         assert row(result, **at, passes="one", steps=200)["saddle"] == pytest.approx(
-            one, abs=two_starts
+            one, abs=one_start
         )
         assert row(result, **at, passes="two", steps=5000)["saddle"] == pytest.approx(
             two, abs=one_start

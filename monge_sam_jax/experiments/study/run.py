@@ -44,7 +44,9 @@ def run(options: Study) -> None:
     done = {task: _task(options, Size(**decisive), store, task) for task in options.tasks}
     tasks = {task: summarised for task, (_, summarised) in done.items()}
     about = {"configuration": configuration, **report.environment()}
-    summary = report.jsonable({**about, "tasks": tasks})
+    # Made to be kept with a page, so it does not say where it was written.
+    decided = {name: x for name, x in configuration.items() if name not in report.PLACES}
+    summary = report.jsonable({**about, "configuration": decided, "tasks": tasks})
     results = report.jsonable({**about, "runs": {task: runs for task, (runs, _) in done.items()}})
     files: dict[str, Any] = {
         "study.md": markdown(summary),
