@@ -447,6 +447,7 @@ def test_the_command_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
     runs = results["runs"][TASK]
     assert [len(run["runs"]) for run in runs].count(2) == 3  # chosen: of two seeds
     assert len(runs) == 3 * 2
+    assert not {"output", "overwrite"} & set(kept["configuration"])  # nor the folder
     entry = kept["tasks"][TASK]
     assert [row["method"] for row in entry["rows"]] == ["plain", "sam", "one_pass_monge"]
     assert {len(row["ends"]) for row in entry["rows"]} == {2}
