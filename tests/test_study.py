@@ -105,7 +105,8 @@ def by_hand(problem, name, rows):
 
 
 BY_HAND = [
-    *("plain", "average", "sam", "late_sam", "monge_sam", "annealed_sam", "one_pass_sam"),
+    *("plain", "plain_half", "average", "sam", "late_sam", "monge_sam", "annealed_sam"),
+    "one_pass_sam",
     *("one_pass_monge", "annealed_one_pass_sam", "annealed_one_pass_monge"),
 ]
 CURED_BY_HAND = [
@@ -121,7 +122,7 @@ def test_a_curve_is_that_of_a_loop(problem, name):
     rho = RHO if METHODS[name].has_radius else None
     curve = training.learn(problem, Cell(TASK, name, rho), 2, seed=5)
     rows = shuffled_rows(875, 125, np.random.default_rng((5, 3)), 5)
-    rows = rows[: 10 * round(2.8 / METHODS[name].gradients)]
+    rows = rows[: 10 * round(2.8 * METHODS[name].share / METHODS[name].gradients)]
     np.testing.assert_array_equal(curve["steps"], np.linspace(0, len(rows), 11))
     expected = by_hand(problem, name, rows)
     start, end = (float(DIGITS.measure(p, problem.test)) for p in (problem.params, expected))
@@ -404,10 +405,11 @@ SECONDS = {"plain": {"ratio": 1.0}, "sam": {"ratio": 2.5}}
 
 def test_a_radius_is_chosen_by_validation_alone():
     """Here test samples would choose another, and another learning rate of plain training."""
-    best = summary.chosen(TRIED)
+    selected = summary.choices(TRIED)
+    best = selected["tuned"]
     assert best == {"plain": Cell(TASK, "plain", None), "sam": Cell(TASK, "sam", 0.1)}
-    curves = {cell: [*TRIED[cell], curve(10, 20)] for cell in best.values()}
-    found = summary.summarise(TASK, [{"test": 0.0}] * 3, TRIED, curves, SECONDS)
+    curves = {cell: [*TRIED[cell], curve(10, 20)] for cell in TRIED}
+    found = summary.summarise(TASK, [{"test": 0.0}] * 3, TRIED, curves, selected, SECONDS)
     plain, sam = found["rows"]
     assert (found["trials"], found["tuned_on"]) == (2, 2)
     assert plain["over_plain"] is None
@@ -419,18 +421,82 @@ def test_a_radius_is_chosen_by_validation_alone():
     }
 
 
+def test_what_is_gained_where_less_is_tuned():
+    """At plain training's rate, or next to it; at the task's; and at the default radius there."""
+    tried = {
+        Cell(TASK, "plain", None, 5.0): [curve(60, 62)] * 2,
+        Cell(TASK, "plain", None): [curve(50, 51)] * 2,
+        Cell(TASK, "average", None, 5.0): [curve(61, 63)] * 2,
+        Cell(TASK, "average", None): [curve(90, 57)] * 2,
+        Cell(TASK, "sam", 0.05): [curve(60, 60)] * 2,
+        Cell(TASK, "sam", 0.1): [curve(95, 70)] * 2,
+        Cell(TASK, "sam", 0.1, 0.1): [curve(99, 99)] * 2,
+        Cell(TASK, "sam", 0.05, 10.0): [curve(80, 75)] * 2,
+        Cell(TASK, "sam", 0.1, 10.0): [curve(70, 95)] * 2,
+    }
+    selected = summary.choices(tried)
+    seconds = SECONDS | {"average": {"ratio": 1.0}}
+    found = summary.summarise(TASK, [{"test": 0.0}] * 2, tried, tried, selected, seconds)
+    rows = {row["method"]: row for row in found["rows"]}
+    assert {name: row["over_plain"] for name, row in rows.items()}["plain"] is None
+    assert rows["sam"]["over_plain"]["difference"] == pytest.approx(99 - 62)
+    assert rows["average"]["over_plain"]["difference"] == pytest.approx(57 - 62)
+    gains = {
+        (method, name): (less["rho"], less["factor"], (less["over_plain"] or {}).get("difference"))
+        for method, row in rows.items()
+        for name, less in row["less_tuned"].items()
+    }
+    assert gains == {
+        ("plain", "the_rate_of_plain"): (None, 5.0, None),
+        ("average", "the_rate_of_plain"): (None, 5.0, 63 - 62),
+        ("sam", "the_rate_of_plain"): (0.05, 10.0, 75 - 62),
+        ("plain", "the_rate_of_the_task"): (None, 1.0, None),
+        ("average", "the_rate_of_the_task"): (None, 1.0, 57 - 51),
+        ("sam", "the_rate_of_the_task"): (0.1, 1.0, 70 - 51),
+        ("plain", "default"): (None, 1.0, None),
+        ("average", "default"): (None, 1.0, 57 - 51),
+        ("sam", "default"): (0.05, 1.0, 60 - 51),
+    }
+    entry = {TASK: found}
+    shown = {"configuration": {"preset": "small", "seeds": 10}, "tasks": entry}
+    assert overview(shown, "default")[2:] == [
+        "| plain | score 51.0 ± 0 |",
+        "| averaged weights | open: +6.0 (+6.0, +6.0) |",
+        "| SAM | open: +9.0 (+9.0, +9.0) |",
+    ]
+
+
+def test_without_the_default_radius_nothing_is_said_of_it():
+    tried = {cell: runs for cell, runs in TRIED.items() if cell.rho != 0.05}
+    assert set(summary.choices(tried)["default"]) == {"plain"}
+
+
 def test_equal_time_and_stopping_early():
     """When plain training ends, SAM has done 2 / 2.5 of its steps."""
     early = {"validation": [0, 9, *[1] * 9], "test": [0, 30, *[20] * 9], "steps": np.arange(11)}
     tried = {Cell(TASK, "plain", None): [early] * 2, Cell(TASK, "sam", 0.1): [curve(70, 50)] * 2}
-    _, sam = summary.summarise(TASK, [{"test": 0.0}] * 2, tried, tried, SECONDS)["rows"]
+    selected = summary.choices(tried)
+    _, sam = summary.summarise(TASK, [{"test": 0.0}] * 2, tried, tried, selected, SECONDS)["rows"]
     assert sam["at_the_end"]
     assert sam["over_plain"]["difference"] == pytest.approx(50 - 20)
     assert sam["equal_time"]["difference"] == pytest.approx(40 - 20)
     assert sam["stopped"]["difference"] == pytest.approx(50 - 30)
     fast = SECONDS | {"sam": {"ratio": 1.5}}  # it ends before
-    _, sam = summary.summarise(TASK, [{"test": 0.0}] * 2, tried, tried, fast)["rows"]
+    _, sam = summary.summarise(TASK, [{"test": 0.0}] * 2, tried, tried, selected, fast)["rows"]
     assert sam["equal_time"]["difference"] == pytest.approx(50 - 20)
+
+
+def test_half_the_steps_are_over_when_plain_training_ends():
+    tried = {
+        Cell(TASK, "plain", None): [curve(50, 50)] * 2,
+        Cell(TASK, "plain_half", None): [curve(50, 40)] * 2,
+    }
+    selected, seconds = (
+        summary.choices(tried),
+        {"plain": {"ratio": 1.0}, "plain_half": {"ratio": 1}},
+    )
+    _, half = summary.summarise(TASK, [{"test": 0.0}] * 2, tried, tried, selected, seconds)["rows"]
+    assert half["equal_time"]["difference"] == pytest.approx(40 - 50)
 
 
 # --- the command ---
@@ -446,7 +512,7 @@ def test_the_command_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
     )
     runs = results["runs"][TASK]
     assert [len(run["runs"]) for run in runs].count(2) == 3  # chosen: of two seeds
-    assert len(runs) == 3 * 2
+    assert len(runs) == 3 + 2 * 2  # learning rates of plain training, and radii
     assert not {"output", "overwrite"} & set(kept["configuration"])  # nor the folder
     entry = kept["tasks"][TASK]
     assert [row["method"] for row in entry["rows"]] == ["plain", "sam", "one_pass_monge"]
@@ -503,8 +569,20 @@ def test_one_pass_is_a_word_for_all_that_may_mend_it():
     methods = Study(methods=("average", "one-pass")).methods
     assert methods == ("average", *GROUPS["one-pass"])
     assert set(CureName.__args__) < set(methods) <= set(METHODS)
-    cells = grid(Study(), TASK)
-    assert {cell.method for cell in cells} == set(MethodName.__args__)
+    assert set(MethodName.__args__) < set(Study(methods=("all",)).methods) < set(METHODS)
+    twice = Study(methods=("all", "one-pass")).methods
+    assert len(twice) == len(set(twice)) == len(METHODS)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_all_methods_have_as_many_trials(task):
+    """Without a radius one more, so that the task's own learning rate is the middle of the line."""
+    cells = grid(Study(), task)
+    trials = {name: [c for c in cells if c.method == name] for name in TASKS[task].methods}
+    assert {len(of_it) for name, of_it in trials.items() if METHODS[name].has_radius} == {12}
+    for name in set(trials) & {"plain", "plain_half", "average"}:
+        assert [len(trials[name]), trials[name][6].factor] == [13, 1.0]
+    assert {"monge_sam", "warm_annealed_one_pass_monge"} < set(trials)
 
 
 def test_ends_are_compared_at_the_own_learning_rate_by_seed():

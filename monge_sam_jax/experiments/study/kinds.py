@@ -101,8 +101,8 @@ class Task(NamedTuple):
       learning_rate: of the base optimizer, before it is tuned.
       radii: the line of radii, as Euclidean lengths.
       sizes: names of what of a size decides about it.
+      methods: those that are compared where none are named.
       epochs: size -> passes over the training set of a method with two gradients a step.
-      methods: those that are compared where none are named, or None for all.
     """
 
     make: Callable[[int, Size], Problem]
@@ -110,8 +110,8 @@ class Task(NamedTuple):
     learning_rate: float
     radii: tuple[float, ...]
     sizes: tuple[str, ...]
+    methods: tuple[str, ...]
     epochs: Callable[[Size], int] = lambda size: size.epochs
-    methods: tuple[str, ...] | None = None
 
 
 def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:

@@ -102,13 +102,15 @@ class Method(NamedTuple):
       label: its name there.
       gradients: of a step.
       build: how it trains.
-      has_radius: whether there is anything to choose.
+      has_radius: whether there is one to choose.
+      share: of the gradients that others take.
     """
 
     label: str
     gradients: float
     build: Callable[[Setting], Trainer]
     has_radius: bool = True
+    share: float = 1.0
 
 
 def _plain(setting: Setting) -> Trainer:
@@ -220,6 +222,7 @@ def _geodesic(setting: Setting) -> Trainer:
 
 METHODS = {
     "plain": Method("plain", 1, _plain, has_radius=False),
+    "plain_half": Method("plain, half the steps", 1, _plain, has_radius=False, share=0.5),
     "average": Method("averaged weights", 1, _averaged, has_radius=False),
     "sam": Method("SAM", 2, _two_passes(lambda s: {})),
     "late_sam": Method(

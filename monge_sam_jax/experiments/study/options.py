@@ -28,6 +28,7 @@ TaskName = Literal[
 ]
 MethodName = Literal[
     "plain",
+    "plain_half",
     "average",
     "sam",
     "late_sam",
@@ -66,13 +67,14 @@ CureName = Literal[
     "extra_one_pass_monge",
     "against_momentum",
 ]
-# A word for several names of --methods.
-GroupName = Literal["one-pass"]
-GROUPS = {
+# Words for several names of --methods.
+GroupName = Literal["all", "one-pass"]
+GROUPS: dict[str, tuple[str, ...]] = {
+    "all": (*MethodName.__args__, "warm_annealed_one_pass_monge"),  # type: ignore[attr-defined]
     "one-pass": (
         *("plain", "sam", "monge_sam", "one_pass_sam", "one_pass_monge"),
         *("annealed_one_pass_sam", "annealed_one_pass_monge", *CureName.__args__),  # type: ignore[attr-defined]
-    )
+    ),
 }
 
 
@@ -114,12 +116,12 @@ PRESETS = {
         width=128,
         epochs=150,
         confusion_epochs=150,
-        channels=8,
+        channels=4,
         text_width=32,
         text_layers=1,
         text_steps=200,
-        radii=5,
-        rates=(1.0,),
+        radii=4,
+        rates=(0.1, 1.0, 10.0),
     ),
     "full": Preset(
         seeds=10,
@@ -131,22 +133,23 @@ PRESETS = {
         text_width=256,
         text_layers=4,
         text_steps=4000,
-        radii=5,
-        rates=(0.3, 1.0, 3.0),
+        radii=4,
+        rates=(0.1, 0.3, 1.0, 3.0, 10.0),
     ),
 }
 MOST_FACTOR = 10.0  # of a learning rate, or one over it, where no radius is chosen
 
 
 def factors(trials: int) -> tuple[float, ...]:
-    """Of the learning rate, for methods that have no radius to choose: as many trials as others.
+    """Of the learning rate, for methods that have no radius to choose.
 
-    >>> factors(5), factors(2)
-    ((0.1, 0.316, 1.0, 3.16, 10.0), (0.1, 1.0))
+    They are as many trials as others have, or one more, so that the task's own rate is the middle.
+
+    >>> factors(5), factors(2), factors(1)
+    ((0.1, 0.316, 1.0, 3.16, 10.0), (0.1, 1.0, 10.0), (1.0,))
     """
-    if trials == 1:
-        return (1.0,)
-    powers = (place / (trials // 2) - 1 for place in range(trials))
+    half = trials // 2
+    powers = (place / max(half, 1) for place in range(-half, half + 1))
     return tuple(float(f"{MOST_FACTOR**power:.3g}") for power in powers)
 
 
@@ -159,7 +162,8 @@ class Study(InFolderOfPreset):
     as many trials: radii of a line times learning rates, or learning rates alone where there is no
     radius. The mean score on validation samples chooses, over the first seeds, and what is chosen
     is trained from all seeds. What is finished is kept in the output folder: the same command goes
-    on after an interruption, and with more seeds; `--tasks` does a part.
+    on after an interruption, and with more seeds, tasks and methods. So `--tasks` does a part, and
+    parts may run at once with one folder; the whole command then finds all of it there.
 
     Attributes:
       preset: Sizes, which the options below change one by one.
@@ -168,10 +172,11 @@ class Study(InFolderOfPreset):
         more do the first on MNIST and with a ResNet. label-noise-30 starts at random with 30 % of
         the labels drawn anew. regression is the temperature of a rod, where losses are tiny.
         forgetting is a language model of Python's standard library that is fine-tuned on English.
-      methods: What is compared with plain training; by default all, and seven of them on MNIST, the
-        ResNet and text. Beyond the defaults, one-pass stands for all that may keep one pass from
-        falling apart at large radii: schedules of the radius, other directions, a margin of
-        stability, a second gradient at every fourth step.
+      methods: What is compared with plain training; by default fourteen methods, nine where no
+        label is wrong, on MNIST and on text, six on the ResNet. all adds other balls, geodesics and
+        the like; one-pass stands for all that may keep one pass from falling apart at large radii:
+        schedules of the radius, other directions, a margin of stability, a second gradient at
+        every fourth step.
       seeds: Number of seeds: of params, samples, labels and batches.
       seed: The first of them; the others follow it.
       tuning_seeds: How many of them choose.
@@ -209,8 +214,8 @@ class Study(InFolderOfPreset):
     def __post_init__(self) -> None:
         """Resolves the default folder, and groups of methods."""
         super().__post_init__()
-        names = [name for word in self.methods for name in GROUPS.get(word, (word,))]
-        object.__setattr__(self, "methods", tuple(names))
+        names = (name for word in self.methods for name in GROUPS.get(word, (word,)))
+        object.__setattr__(self, "methods", tuple(dict.fromkeys(names)))
 
     @property
     def size(self) -> Preset:

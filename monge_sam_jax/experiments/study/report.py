@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from monge_sam_jax.experiments.common import report
+from monge_sam_jax.experiments.study.methods import METHODS
 
 # All of it was settled before the runs whose results it is printed above.
 PROTOCOL = """
@@ -12,16 +13,25 @@ Protocol. Every method starts from the same params, sees the same batches in the
 takes as many gradients: one of g gradients a step trains for 1 / g of the steps of plain training.
 {trials} a method, chosen by the mean score on validation samples at the end, over {tuned};
 each is a radius times a learning rate ({rates} times the task's), and where there is no radius
-(plain training, averaged weights) a learning rate from a tenth to ten times the task's. What is
-chosen is trained from {seeds}, and its score is that on test samples. Gains are over plain
-training, paired by seed, with bootstrap intervals of 95 %. A gain is called open unless a
-sign-flip test is below 5 % after Holm's correction for all methods of a column and task; where it
-is not open its sign says whether the method is better or worse. Equal time: the score, between two
-of ten evaluations where need be, when plain training ends; seconds of a step are medians of
-interleaved measurements, and a radius that falls to zero has not done so there. Stopped early: both
-are evaluated where their mean score on validation samples was best. A * marks a radius that is the
-largest of its line, or without one a learning rate that is at an end of its own.
+(plain training, averaged weights) a learning rate from a tenth to ten times the task's, of which
+there may be one more. What is chosen is trained from {seeds}, and its score is that on test
+samples. Gains are over plain training, paired by seed, with bootstrap intervals of 95 %. A gain is
+called open unless a sign-flip test is below 5 % after Holm's correction for all methods of a column
+and task; where it is not open its sign says whether the method is better or worse. Equal time: the
+score, between two of ten evaluations where need be, when plain training ends; seconds of a step are
+medians of interleaved measurements, and a radius that falls to zero has not done so there. Stopped
+early: both are evaluated where their mean score on validation samples was best. Less tuned: at the
+learning rate that plain training chose, or the one next to it, with the best radius, over the same
+plain training; at the task's learning rate, plain training too; and at that rate with a radius of
+0.05, nothing chosen. A * marks a radius that is the largest of its line, or without one a learning
+rate that is at an end of its own.
 """
+# What a choice in `summary.choices` is called.
+LESS_TUNED = {
+    "the_rate_of_plain": "plain training's learning rate",
+    "the_rate_of_the_task": "the task's learning rate",
+    "default": "and rho = 0.05",
+}
 DEFINITION = """
 Forgetting: a byte-level transformer learns the source of Python's standard library by a method, and
 then its English reference by AdamW, the same for all. Scores are losses on held-out windows, in
@@ -45,6 +55,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
             f"{report.count(entry['steps'], 'step')} of plain training)",
             "",
             *_table(entry, verdicts=not reason),
+            "",
+            *_less_tuned(entry, verdicts=not reason),
             "",
         ]
         if entry["after"]:
@@ -74,33 +86,38 @@ def overview(summary: Mapping[str, Any], quantity: str = "over_plain") -> list[s
 
     Args:
       summary: content of summary.json.
-      quantity: which gain: over_plain, equal_time or stopped.
+      quantity: which gain: over_plain, equal_time, stopped, or one of those that are less tuned.
 
     Returns:
       Lines of Markdown.
     """
     verdicts = not report.too_little(summary["configuration"])
-    tasks = {
-        task: entry
-        for task, entry in summary["tasks"].items()
-        if any(row.get(quantity) for row in entry["rows"])
-    }
-    if not tasks:
-        return []
-    labels = {row["method"]: row["label"] for entry in tasks.values() for row in entry["rows"]}
-    lines = [f"| gain over plain training | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
-    for method, label in labels.items():
-        cells = [label]
-        for entry in tasks.values():
-            row = next((row for row in entry["rows"] if row["method"] == method), None)
-            if row is None:
-                cells.append("")
-            elif row[quantity] is None:
-                cells.append(f"score {report.estimate(row['test'], _digits(entry))}" + _star(row))
+    columns: dict[str, dict[str, str]] = {}
+    for task, entry in summary["tasks"].items():
+        cells = {}
+        for row in entry["rows"]:
+            shown = row | {"over_plain": row.get(quantity)}
+            shown |= row["less_tuned"].get(quantity, {})
+            if row["method"] == "plain":
+                cells["plain"] = f"score {report.estimate(shown['test'], _digits(entry))}"
+            elif shown["over_plain"]:
+                cells[row["method"]] = _gain(shown["over_plain"], verdicts, _digits(entry))
             else:
-                cells.append(_gain(row[quantity], verdicts, _digits(entry)) + _star(row))
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+                continue
+            cells[row["method"]] += _star(shown)
+        if set(cells) > {"plain"}:
+            columns[task] = cells
+    if not columns:
+        return []
+    rows = [row for entry in summary["tasks"].values() for row in entry["rows"]]
+    found = {row["method"]: row["label"] for row in rows}
+    return [
+        *_head(["gain over plain training", *columns]),
+        *(
+            f"| {' | '.join([found[name], *(cells.get(name, '') for cells in columns.values())])} |"
+            for name in sorted(found, key=list(METHODS).index)
+        ),
+    ]
 
 
 def forgetting(summary: Mapping[str, Any]) -> list[str]:
@@ -148,6 +165,24 @@ def _table(entry: Mapping[str, Any], *, verdicts: bool) -> list[str]:
         ]
         cells += [] if entry["after"] else [gain(row["equal_time"]), gain(row["stopped"])]
         cells.append(f"{row['time']:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _less_tuned(entry: Mapping[str, Any], *, verdicts: bool) -> list[str]:
+    """Gains, each with the radius that it takes."""
+    lines = _head(["method, and radius", *LESS_TUNED.values()])
+    for row in entry["rows"]:
+        cells = [row["label"]]
+        for name in LESS_TUNED:
+            found = row["less_tuned"].get(name)
+            if found is None:
+                cells.append("")
+            elif row["method"] == "plain":
+                cells.append(f"score {report.estimate(found['test'], _digits(entry))}")
+            else:
+                radius = "" if found["rho"] is None else f" at {found['rho']:g}{_star(found)}"
+                cells.append(_gain(found["over_plain"], verdicts, _digits(entry)) + radius)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

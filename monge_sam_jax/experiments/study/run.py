@@ -16,10 +16,10 @@ from monge_sam_jax.experiments.study import training
 from monge_sam_jax.experiments.study.cures import all_ends, cures_figure, table
 from monge_sam_jax.experiments.study.kinds import Problem, Size
 from monge_sam_jax.experiments.study.methods import METHODS
-from monge_sam_jax.experiments.study.options import CureName, MethodName, Study, factors
+from monge_sam_jax.experiments.study.options import CureName, Study, factors
 from monge_sam_jax.experiments.study.plots import frontier_figure, profiles_figure, study_figure
 from monge_sam_jax.experiments.study.report import markdown
-from monge_sam_jax.experiments.study.summary import Curves, chosen, summarise
+from monge_sam_jax.experiments.study.summary import Curves, choices, summarise
 from monge_sam_jax.experiments.study.tasks import TASKS
 from monge_sam_jax.experiments.study.training import Cell
 
@@ -38,7 +38,13 @@ def run(options: Study) -> None:
     options.check()
     size = options.size
     configuration = dataclasses.asdict(options) | size._asdict()
-    report.prepare_output(options.output, configuration, options.overwrite, may_grow=True)
+    report.prepare_output(
+        options.output,
+        configuration,
+        options.overwrite,
+        indifferent=("tasks", "methods"),  # whose runs are kept, whichever are shown
+        may_grow=True,
+    )
     decisive = {name: getattr(size, name) for name in Size._fields}
     store = Store(options.output, decisive)
     done = {task: _task(options, Size(**decisive), store, task) for task in options.tasks}
@@ -63,7 +69,7 @@ def run(options: Study) -> None:
 
 def grid(options: Study, task: str) -> list[Cell]:
     """The cells of a task: as many for every method."""
-    default = options.size.methods or TASKS[task].methods or get_args(MethodName)
+    default = options.size.methods or TASKS[task].methods
     radii, rates = options.radii(TASKS[task].radii), options.size.rates
     cells = []
     for name in options.methods or default:
@@ -107,14 +113,16 @@ def _task(
 
     train = functools.partial(train_grid, begin=begin, start="start")
     starts, tried = train(seeds[:tuning], cells, label=f"{task}, choosing")
-    best = list(chosen(tried).values())
+    selected = choices(tried)
+    best = list(dict.fromkeys(cell for cells in selected.values() for cell in cells.values()))
     curves: Curves = {cell: tried[cell] for cell in best}
     if seeds[tuning:]:
         others, more = train(seeds[tuning:], best, label=task)
         starts = starts + others
         curves = {cell: [*tried[cell], *more[cell]] for cell in best}
-    name = (task, "seconds", fingerprint({"methods": [cell.method for cell in best]}))
-    make = lambda: training.measure_seconds(problem(seeds[-1]), best, epochs)  # noqa: E731
+    timed = list(selected["tuned"].values())
+    name = (task, "seconds", fingerprint({"methods": [cell.method for cell in timed]}))
+    make = lambda: training.measure_seconds(problem(seeds[-1]), timed, epochs)  # noqa: E731
     seconds = kept(name, seeds[-1], make)
     runs = [
         {
@@ -124,7 +132,7 @@ def _task(
         }
         for cell in cells
     ]
-    return runs, summarise(task, starts, tried, curves, seconds)
+    return runs, summarise(task, starts, tried, curves, selected, seconds)
 
 
 def _lists(tree: Any) -> Any:

@@ -1,7 +1,7 @@
 """What `monge-sam study` makes of its curves: choices, gains over plain training, aggregates."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,16 +14,40 @@ from monge_sam_jax.experiments.study.training import EVALUATIONS, Cell
 
 Curves = dict[Cell, list[Mapping[str, Any]]]
 DIGITS = 4  # significant ones of single runs, in what is kept
+DEFAULT_RHO = 0.05
 VALIDATION, TEST = "validation", "test"
 SPLITS = (VALIDATION, TEST)
 
 
-def chosen(curves: Curves) -> dict[str, Cell]:
-    """For every method the cell that is best on the validation samples of the runs there are."""
-    by_method: dict[str, dict[Cell, list[float]]] = {}
-    for cell, runs in curves.items():
-        by_method.setdefault(cell.method, {})[cell] = _ends(cell, runs, VALIDATION)
-    return {name: statistics.chosen(cells) for name, cells in by_method.items()}
+def choices(tried: Curves) -> dict[str, dict[str, Cell]]:
+    """By how much is tuned, for every method the cell that validation samples choose.
+
+    Args:
+      tried: the runs of all cells.
+
+    Returns:
+      By name of the choice and method: "tuned" among all cells; at "the_rate_of_plain", or the one
+      next to it of those that were tried, as the best radius; at "the_rate_of_the_task" likewise,
+      for plain training too; and at the "default" radius and that rate, without any choice.
+    """
+
+    def chosen(keep: Callable[[Cell], bool]) -> dict[str, Cell]:
+        by_method: dict[str, dict[Cell, list[float]]] = {}
+        for cell, runs in tried.items():
+            if keep(cell):
+                by_method.setdefault(cell.method, {})[cell] = _ends(cell, runs, VALIDATION)
+        return {name: statistics.chosen(cells) for name, cells in by_method.items()}
+
+    tuned = chosen(lambda cell: True)
+    own = tuned["plain"].factor
+    rates = {cell.factor for cell in tried if cell.rho is not None} or {own}
+    near = min(rates, key=lambda rate: abs(np.log(rate / own)))
+    return {
+        "tuned": tuned,
+        "the_rate_of_plain": chosen(lambda c: c.factor == (own if c.rho is None else near)),
+        "the_rate_of_the_task": chosen(lambda c: c.factor == 1),
+        "default": chosen(lambda c: c.factor == 1 and c.rho in (None, DEFAULT_RHO)),
+    }
 
 
 def summarise(
@@ -31,6 +55,7 @@ def summarise(
     starts: Sequence[Mapping[str, float]],
     tried: Curves,
     curves: Curves,
+    selected: Mapping[str, Mapping[str, Cell]],
     seconds: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
     """Aggregates of a task.
@@ -38,26 +63,40 @@ def summarise(
     Args:
       task: its name.
       starts: what was noted of every seed's start.
-      tried: of all cells the runs from the first seeds, by which those of `curves` were chosen.
-      curves: of one cell of each method the runs from all seeds.
+      tried: of all cells the runs from the first seeds.
+      curves: of those that were selected the runs from all seeds.
+      selected: by which choice, and method, which cell.
       seconds: of a step, by method, and their ratio to those of plain training.
 
     Returns:
       Unit, start, steps of plain training, whether the score is of something that comes after
       training, a row for every method and, to be drawn, the lines over radii.
     """
-    plain = next(cell for cell in curves if cell.method == "plain")
+    best = {cell: curves[cell] for cell in selected["tuned"].values()}
     after = TASKS[task].kind.after is not None
     tuned = len(next(iter(tried.values())))
-    gains = functools.partial(_gains, curves, plain)
-    compared = {"over_plain": gains(lambda cell, runs: _ends(cell, runs, TEST))}
+    gains = functools.partial(_gains, best)
+    at_the_end = lambda cell, runs: _ends(cell, runs, TEST)  # noqa: E731
+    compared = {"over_plain": gains(at_the_end)}
     if not after:
-        until = {cell: _equal_time(seconds[cell.method]["ratio"], cell) for cell in curves}
-        stops = {cell: _stop(runs[:tuned]) for cell, runs in curves.items()}
+        until = {cell: _equal_time(seconds[cell.method]["ratio"], cell) for cell in best}
+        stops = {cell: _stop(runs[:tuned]) for cell, runs in best.items()}
         compared |= {
             "equal_time": gains(lambda cell, runs: [_at(run, until[cell]) for run in runs]),
             "stopped": gains(lambda cell, runs: [_at(run, stops[cell]) for run in runs]),
         }
+    less_tuned: dict[str, dict[str, Any]] = {}
+    for name in [name for name in selected if name != "tuned"]:
+        cells = {cell: curves[cell] for cell in selected[name].values()}
+        for cell, gain in (dict.fromkeys(cells) | _gains(cells, at_the_end)).items():
+            ends = _summary(at_the_end(cell, cells[cell]))
+            less_tuned.setdefault(cell.method, {})[name] = {
+                "rho": cell.rho,
+                "factor": cell.factor,
+                "at_the_end": cell.rho is not None and _at_the_end(cell, tried),
+                "test": ends,
+                "over_plain": gain,
+            }
 
     def row(cell: Cell, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ends = _ends(cell, runs, TEST)
@@ -72,6 +111,7 @@ def summarise(
             "ends": _rounded(ends),
             "time": float(seconds[cell.method]["ratio"]),
             **{name: of_all.get(cell) for name, of_all in compared.items()},
+            "less_tuned": less_tuned.get(cell.method, {}),
         }
         if after:
             entry["after"] = {
@@ -89,16 +129,17 @@ def summarise(
         "after": after,
         "start": _summary([start["test"] for start in starts]),
         "starts": starts,
-        "steps": int(curves[plain][0]["steps"][-1]),
+        "steps": int(curves[selected["tuned"]["plain"]][0]["steps"][-1]),
         "trials": sum(cell.method == "plain" for cell in tried),
         "tuned_on": tuned,
-        "rows": [row(cell, runs) for cell, runs in curves.items()],
-        "lines": _lines(tried, curves),
+        "rows": [row(cell, runs) for cell, runs in best.items()],
+        "lines": _lines(tried, best),
     }
 
 
-def _gains(curves: Curves, plain: Cell, values: Any) -> dict[Cell, dict[str, Any]]:
+def _gains(curves: Curves, values: Any) -> dict[Cell, dict[str, Any]]:
     """By cell the comparison of its values with those of plain training, judged together."""
+    plain = next(cell for cell in curves if cell.method == "plain")
     baseline = values(plain, curves[plain])
     judged = statistics.judged(
         {
@@ -128,7 +169,8 @@ def _at(run: Mapping[str, Any], place: float) -> float:
 
 def _equal_time(ratio: float, cell: Cell) -> float:
     """Where a method is, in evaluations, when plain training with as many gradients has ended."""
-    return min(1.0, METHODS[cell.method].gradients / ratio) * EVALUATIONS
+    method = METHODS[cell.method]
+    return min(1.0, method.gradients / method.share / ratio) * EVALUATIONS
 
 
 def _stop(runs: Sequence[Mapping[str, Any]]) -> int:
@@ -146,20 +188,20 @@ def _at_the_end(cell: Cell, tried: Curves) -> bool:
     return cell.rho == max(other.rho for other in others if other.rho is not None)
 
 
-def _lines(tried: Curves, curves: Curves) -> dict[str, dict[str, Any]]:
+def _lines(tried: Curves, best: Curves) -> dict[str, dict[str, Any]]:
     """Gains of every method by radius, at its learning rate, from the seeds of all radii."""
-    plain = next(cell for cell in curves if cell.method == "plain")
+    plain = next(cell for cell in best if cell.method == "plain")
     baseline = np.array(_ends(plain, tried[plain], TEST))
     lines = {}
-    for best in curves:
+    for own in best:
         cells = [
             cell
             for cell in tried
-            if (cell.method, cell.factor) == (best.method, best.factor) and cell.rho is not None
+            if (cell.method, cell.factor) == (own.method, own.factor) and cell.rho is not None
         ]
         if cells:
             gains = [np.array(_ends(cell, tried[cell], TEST)) - baseline for cell in cells]
-            lines[best.method] = {
+            lines[own.method] = {
                 "rho": [cell.rho for cell in cells],
                 "gains": [_rounded(gain) for gain in gains],
             }

@@ -27,7 +27,7 @@ WIDTH_OF_HEAD = 16
 UNSEEN = 32  # windows of each text for validation, and as many for tests
 HELD_OUT = 10  # one file, or topic, of so many
 
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 1e-2
 FINE_TUNING_RATE = 1e-3
 EVALUATIONS = 10
 BITS = (8, 4)

@@ -60,8 +60,9 @@ def steps_of(cell: Cell, problem: Problem, epochs: int) -> int:
       problem: on what.
       epochs: passes over the training set of a method with two gradients a step.
     """
+    method = METHODS[cell.method]
     gradients = 2 * epochs * (len(problem.train.y) // TASKS[cell.task].kind.batch_size)
-    return max(1, round(gradients / METHODS[cell.method].gradients / EVALUATIONS))
+    return max(1, round(method.share * gradients / method.gradients / EVALUATIONS))
 
 
 def learn(problem: Problem, cell: Cell, epochs: int, seed: int) -> dict[str, Any]:
