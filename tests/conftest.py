@@ -24,7 +24,7 @@ FINISHED = itertools.count(1)
 def _free_programs():
     """Compiled programs and traces take gigabytes in the end, and few are of use to later tests."""
     yield
-    if next(FINISHED) % 50 == 0:
+    if next(FINISHED) % 150 == 0:
         jax.clear_caches()
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):  # glibc does not give back by itself what was freed

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.flatten_util import ravel_pytree
 
 import monge_sam_jax as ms
@@ -44,6 +45,10 @@ CASES = {
     "adaptive_sam": Case(ms.adaptive_sam, ms.adaptive, adaptive_matrix, {"eta": 0.1}),
     "fisher_sam": Case(ms.fisher_sam, ms.diagonal_fisher, fisher_matrix, {"eta": 2.0}),
 }
+QUICK_CASES = ("monge_sam", "adaptive_sam", "fisher_sam")
+EACH_CASE = [
+    name if name in QUICK_CASES else pytest.param(name, marks=pytest.mark.slow) for name in CASES
+]
 
 
 def dense_perturbation(G, g, rho):

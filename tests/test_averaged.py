@@ -62,8 +62,8 @@ def jitted(history, base, alpha=ALPHA):
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("history", [1, 2, 4])
-@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("history", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("size", [1e-3, pytest.param(1.0, marks=pytest.mark.slow), 30.0])
 def test_the_last_gradients(base, history, size):
     """Also before there are so many, and after."""
     metric, matrix = BASES[base]
@@ -78,7 +78,7 @@ def test_the_last_gradients(base, history, size):
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("size", [1e-37, 1e-3, 1e3, 1e30])
+@pytest.mark.parametrize("size", [1e-37, pytest.param(1.0, marks=pytest.mark.slow), 1e30])
 def test_the_first_step_is_that_of_monge(base, size):
     params = example_params()
     (g,) = gradients_of(1, 1, size)

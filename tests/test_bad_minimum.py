@@ -74,6 +74,9 @@ def mean_loss(params, batch):
     return jnp.mean(jax.scipy.special.logsumexp(z, axis=-1) - right)
 
 
+value_and_grad = jax.jit(jax.value_and_grad(mean_loss))
+
+
 def perturbation(method, g, rho):
     n = np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(g)))
     length = {"sgd": 0.0, "sam": rho, "monge_sam": rho / np.sqrt(1 + n**2)}[method]
@@ -172,7 +175,7 @@ def test_logged_perturbation_is_the_formula(results, splits, start, method, rho)
     expected = []
     for row in rows:
         batch, params = Batch(splits.train.x[row], splits.train.y[row]), start["params"]
-        loss, g = jax.value_and_grad(mean_loss)(params, batch)
+        loss, g = value_and_grad(params, batch)
         delta, n, length = perturbation(method, g, rho)
         perturbed = mean_loss(jax.tree.map(jnp.add, params, delta), batch)
         expected.append((loss, n, length, length / n, perturbed))
@@ -192,10 +195,10 @@ def test_steps_are_those_of_a_loop(trainer, splits, start, method):
     expected = []
     for row in rows:
         batch = Batch(splits.train.x[row], splits.train.y[row])
-        loss, g = jax.value_and_grad(mean_loss)(params, batch)
+        loss, g = value_and_grad(params, batch)
         expected.append(loss)
         at = jax.tree.map(jnp.add, params, perturbation(method, g, 0.5)[0])
-        trace = jax.tree.map(lambda m, g: 0.9 * m + g, trace, jax.grad(mean_loss)(at, batch))
+        trace = jax.tree.map(lambda m, g: 0.9 * m + g, trace, value_and_grad(at, batch)[1])
         params = jax.tree.map(lambda p, m: p - 0.1 * m, params, trace)
     np.testing.assert_allclose(np.concatenate(losses), expected, rtol=2e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), state.params, params)

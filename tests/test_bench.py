@@ -277,7 +277,13 @@ def test_models_for_an_accelerator_compute_in_bfloat16_on_float32_params(model):
     assert jax.tree.structure(*stats) == jax.tree.structure(begin.stats)
 
 
-@pytest.mark.parametrize("model", bench_models.MODELS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        name if name == "mlp" else pytest.param(name, marks=pytest.mark.slow)
+        for name in bench_models.MODELS
+    ],
+)
 def test_every_method_takes_every_model_and_keeps_the_form_of_the_carry(model):
     made, begin = abstract_start("tiny", model)
     for name, build in METHODS.items():

@@ -260,8 +260,8 @@ def by_hand(cell, base, params, pairs, rows, grad_fn):
     ("cell", "base"),
     [
         (Cell("sgd", 0.01), "sgd"),
-        (Cell("adam", 1e-3), "sgd"),
-        (Cell("sam", 0.01, 0.1), "sgd"),
+        pytest.param(Cell("adam", 1e-3), "sgd", marks=pytest.mark.slow),
+        pytest.param(Cell("sam", 0.01, 0.1), "sgd", marks=pytest.mark.slow),
         (Cell("monge_sam", 0.01, 0.1), "sgd"),
         (Cell("monge_sam", 1e-3, 0.3), "adam"),
     ],

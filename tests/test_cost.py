@@ -229,7 +229,9 @@ def test_state_holds_no_copy_of_the_params_but_where_it_is_documented():
         assert beside == copies * params_bytes + SCALARS[scalars]
 
 
-@pytest.mark.parametrize("model", ["mlp", "resnet", "transformer"])
+@pytest.mark.parametrize(
+    "model", ["mlp", "resnet", pytest.param("transformer", marks=pytest.mark.slow)]
+)
 def test_a_mask_for_the_last_layer_ends_the_first_backward_pass_there(model):
     """Beside the plain step: at most a forward pass, and the last layer's gradient."""
     loss_fn, (params, stats, batch) = setting(model)
@@ -298,8 +300,8 @@ def test_compilation_with_three_hundred_leaves():
     assert ours < 3 * plain, f"{ours:.2f} s against {plain:.2f} s"
 
 
-def test_instructions_of_a_step_over_three_hundred_leaves():
-    plain, ours = (count_instructions(lowered.compile()) for lowered in lowered_steps())
+def test_instructions_of_a_step_over_many_leaves():
+    plain, ours = (count_instructions(lowered.compile()) for lowered in lowered_steps(60))
     assert ours < 2 * plain
 
 

@@ -55,10 +55,17 @@ def by_hand(problem, name, rho, steps, options):
 
 
 @pytest.mark.parametrize(
-    ("momentum", "direction", "batch_size"),
-    [(0.0, "gradient", None), (0.5, "gradient", 7), (0.5, "momentum", None)],
+    ("name", "momentum", "direction", "batch_size"),
+    [
+        ("sgd", 0.5, "gradient", 7),
+        ("sam", 0.0, "gradient", None),
+        ("monge_sam", 0.5, "gradient", 7),
+        ("one_pass_sam", 0.5, "gradient", None),
+        ("one_pass_sam", 0.5, "momentum", None),
+        ("one_pass_monge_sam", 0.5, "gradient", 7),
+        ("one_pass_monge_sam", 0.5, "momentum", None),
+    ],
 )
-@pytest.mark.parametrize("name", training.METHODS)
 def test_curves_are_those_of_a_loop(name, momentum, direction, batch_size, monkeypatch):
     monkeypatch.setattr(training, "WINDOW", 1)
     options = dataclasses.replace(
@@ -101,7 +108,13 @@ def test_sharpness_is_the_largest_eigenvalue(problem):
     np.testing.assert_allclose(loss_fn(problem.params), np.sum(error**2) / 120, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sgd", "sam", "one_pass_sam", "one_pass_monge_sam"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("sam", "one_pass_monge_sam"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sgd", "one_pass_sam")),
+    ],
+)
 def test_sharpness_settles_at_the_edge(name):
     options = Edges(images=200, width=24, steps=1000, learning_rate=0.1)
     curves = training.learn(training.problem(0, options), name, 0.1, options)
@@ -112,7 +125,13 @@ def test_sharpness_settles_at_the_edge(name):
     assert (curves["edge"][-1] < 0.5 * expected) == (name != "sgd")
 
 
-@pytest.mark.parametrize(("name", "alpha"), [("one_pass_sam", 0.0), ("one_pass_monge_sam", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "alpha"),
+    [
+        pytest.param("one_pass_sam", 0.0, marks=pytest.mark.slow),
+        ("one_pass_monge_sam", 1.0),
+    ],
+)
 def test_a_network_that_collapsed_moves_on_the_circle(name, alpha):
     """Its output is constant, and the Hessian is the identity on the biases of the outputs."""
     options = Edges(images=100, width=8, steps=1000, learning_rate=0.1)

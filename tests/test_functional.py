@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from reference import CASES, dense_perturbation, flat, relative_error
+from reference import CASES, EACH_CASE, dense_perturbation, flat, relative_error
 from trajectories import cpu_devices, vary
 
 import monge_sam_jax as ms
@@ -56,7 +56,7 @@ def functional(metric=None, rho=RHO, **options):
     )
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=EACH_CASE)
 def case(request):
     return CASES[request.param]
 

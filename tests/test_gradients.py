@@ -8,6 +8,7 @@ import optax
 import pytest
 from reference import (
     CASES,
+    EACH_CASE,
     dense_perturbation,
     example_batch,
     example_params,
@@ -21,7 +22,7 @@ import monge_sam_jax as ms
 BATCH = example_batch()
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=EACH_CASE)
 def case(request):
     return CASES[request.param]
 

@@ -452,10 +452,10 @@ def line_state(tail, **fields):
 @pytest.mark.parametrize(
     ("line", "mode", "k", "scaled"),
     [
-        ("lbfgs", "chain", 1, False),
-        ("lbfgs", "metric", 2, True),
         ("zoom", "metric", 1, False),
         ("backtracking", "chain", 2, True),
+        pytest.param("lbfgs", "chain", 1, False, marks=pytest.mark.slow),
+        pytest.param("lbfgs", "metric", 2, True, marks=pytest.mark.slow),
     ],
 )
 def test_searches_along_a_line_equal_a_loop_by_hand(line, mode, k, scaled):

@@ -56,7 +56,11 @@ EXPLICIT_LAYOUTS = {
     "two axes": (DATA_AND_MODEL, REPLICATED | {"bias": P("model"), "weights": P("data", "model")}),
 }
 PLACES = [
-    pytest.param(*layout, kind, id=f"{name}, {kind.name}")
+    pytest.param(
+        *(*layout, kind),
+        id=f"{name}, {kind.name}",
+        marks=pytest.mark.slow if name == "replicated" else (),
+    )
     for kind, layouts in [(AUTO, LAYOUTS), (EXPLICIT, EXPLICIT_LAYOUTS)]
     for name, layout in layouts.items()
 ]

@@ -137,9 +137,18 @@ ONE_PASS = {
     "one pass, gradient, averaged with a state": one_pass("gradient", "averaged with a state"),
 }
 FORMS = {**TWO_PASS, **ONE_PASS, "functional": functional}
+# The others are made of parts that are in these too.
+QUICK_FORMS = (
+    *("monge_sam", "fisher_sam", "monge adaptive", "grouped", "with a state", "spectral"),
+    *("averaged with a state", "one pass, gradient", "one pass, momentum, with a state"),
+    "functional",
+)
+EACH_FORM = [
+    name if name in QUICK_FORMS else pytest.param(name, marks=pytest.mark.slow) for name in FORMS
+]
 
 
-@pytest.fixture(params=FORMS)
+@pytest.fixture(params=EACH_FORM)
 def form(request):
     return FORMS[request.param]
 

@@ -716,7 +716,7 @@ def chosen(choice, **options):
     }
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(choices)
 def test_any_choice_keeps_the_promises(choice):
     """Types stay, one compilation, the same under jit, resumed, at rho = 0, and with NaN."""

@@ -436,7 +436,11 @@ def spectra(params, key):
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize(
     ("axis_type", "jit"),
-    [(AxisType.Auto, True), (AxisType.Auto, False), (AxisType.Explicit, True)],
+    [
+        (AxisType.Auto, True),
+        pytest.param(AxisType.Auto, False, marks=pytest.mark.slow),
+        (AxisType.Explicit, True),
+    ],
 )
 def test_shards_change_nothing(axis_type, jit):
     whole, mesh = sharded_params(), make_mesh(axis_type, data=4, model=2)

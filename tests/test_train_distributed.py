@@ -130,6 +130,7 @@ def assert_same_results(actual, expected, tolerance):
         np.testing.assert_allclose(seed["final"]["sharpness"], sharpness, rtol=20 * tolerance)
 
 
+@pytest.mark.slow
 def test_two_processes_train_fully_sharded_as_one_alone(processes, alone):
     processes.start("--sharding", "fsdp")
     (code, out, err), (other_code, *printed) = processes.finish()

@@ -10,6 +10,7 @@ import optax
 import pytest
 from reference import (
     CASES,
+    EACH_CASE,
     banana,
     banana_gradient,
     dense_perturbation,
@@ -24,7 +25,7 @@ import monge_sam_jax as ms
 BATCH = example_batch()
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=EACH_CASE)
 def case(request):
     return CASES[request.param]
 

@@ -10,6 +10,7 @@ WANTED = (
     # Quick compilation, which is most of the time that small models take.
     "--xla_backend_optimization_level=0",
     "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
     # The same results in every run on a GPU.
     "--xla_gpu_deterministic_ops=true",
     "--xla_gpu_autotune_level=0",

@@ -237,5 +237,5 @@ RESNET_ON_DIGITS = Setting(
     lambda size, samples, key: jax.jit(_residual(size.channels).init)(key, samples.x[:1]),
     size="channels",
     copies=10,
-    share=0.15,
+    share=0.1,
 )

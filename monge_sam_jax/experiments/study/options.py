@@ -173,10 +173,10 @@ class Study(InFolderOfPreset):
         the labels drawn anew. regression is the temperature of a rod, where losses are tiny.
         forgetting is a language model of Python's standard library that is fine-tuned on English.
       methods: What is compared with plain training; by default fourteen methods, nine where no
-        label is wrong, on MNIST and on text, six on the ResNet. all adds other balls, geodesics and
-        the like; one-pass stands for all that may keep one pass from falling apart at large radii:
-        schedules of the radius, other directions, a margin of stability, a second gradient at
-        every fourth step.
+        label is wrong, on MNIST and on text, five on the ResNet. all adds other balls, geodesics
+        and the like; one-pass stands for all that may keep one pass from falling apart at large
+        radii: schedules of the radius, other directions, a margin of stability, a second gradient
+        at every fourth step.
       seeds: Number of seeds: of params, samples, labels and batches.
       seed: The first of them; the others follow it.
       tuning_seeds: How many of them choose.

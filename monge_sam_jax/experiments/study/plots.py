@@ -12,7 +12,7 @@ from monge_sam_jax.experiments.study.statistics import profiles
 from monge_sam_jax.experiments.study.tasks import TASKS
 
 # What is drawn; the tables have all. A method in one pass has the colour of its two-pass form, and
-# dashes; with an annealed radius dots; late in training alone both.
+# dashes; with an annealed radius dots; late in training alone, or annealed after a warm-up, both.
 STYLES: dict[str, tuple[str, Any]] = {
     "plain": (COLOURS["sgd"], "-"),
     "average": (COLOURS["sgd"], "--"),
@@ -23,6 +23,7 @@ STYLES: dict[str, tuple[str, Any]] = {
     "monge_sam": (COLOURS["monge_sam"], "-"),
     "one_pass_monge": (COLOURS["monge_sam"], "--"),
     "annealed_one_pass_monge": (COLOURS["monge_sam"], ":"),
+    "warm_annealed_one_pass_monge": (COLOURS["monge_sam"], "-."),
     "adaptive_sam": (COLOURS["adaptive_sam"], "-"),
 }
 RATIOS = np.geomspace(1, 4, 100)
@@ -111,6 +112,21 @@ def profiles_figure(summary: Mapping[str, Any]) -> Figure:
     """
     figure = blank_figure(3.2)
     axes = figure.subplots()
+    draw_profiles(axes, summary)
+    axes.set_xlabel("error, over that of the best method", fontsize=FONT_SIZE)
+    axes.set_ylabel("tasks and seeds (%)", fontsize=FONT_SIZE)
+    axes.tick_params(labelsize=SMALL)
+    _legend(figure, axes)
+    return figure
+
+
+def draw_profiles(axes: Axes, summary: Mapping[str, Any]) -> None:
+    """Draws the performance profiles of the methods that all tasks have.
+
+    Args:
+      axes: where.
+      summary: content of summary.json.
+    """
     entries = summary["tasks"]
     names = [
         name
@@ -132,13 +148,8 @@ def profiles_figure(summary: Mapping[str, Any]) -> Figure:
         colour, style = STYLES[name]
         label = _label(next(iter(entries.values())), name)
         axes.plot(RATIOS, 100 * profile, color=colour, linestyle=style, label=label, linewidth=1.2)
-    axes.set_xlabel("error, over that of the best method", fontsize=FONT_SIZE)
-    axes.set_ylabel("tasks and seeds (%)", fontsize=FONT_SIZE)
-    axes.tick_params(labelsize=SMALL)
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    _legend(figure, axes)
-    return figure
 
 
 def frontier_figure(summary: Mapping[str, Any]) -> Figure:

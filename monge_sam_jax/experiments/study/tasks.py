@@ -24,10 +24,13 @@ LONG, SHORT, TINY = (
 OF_TEXT = (0.02, 0.05, 0.15, 0.4)
 # What is compared where no methods are named, the fewer, the longer a task takes.
 FEWEST = (
-    *("plain", "sam", "late_sam", "monge_sam"),
+    *("plain", "sam", "monge_sam"),
     *("one_pass_monge", "warm_annealed_one_pass_monge"),
 )
-FEWER = (*FEWEST, "plain_half", "average", "adaptive_sam")
+FEWER = (
+    *("plain", "plain_half", "average", "sam", "late_sam", "adaptive_sam", "monge_sam"),
+    *("one_pass_monge", "warm_annealed_one_pass_monge"),
+)
 MOST = (
     *("plain", "plain_half", "average", "sam", "late_sam", "adaptive_sam", "monge_sam"),
     *("budget", "friendly", "one_pass_sam", "one_pass_monge", "annealed_one_pass_sam"),
