@@ -422,7 +422,7 @@ def test_a_radius_is_chosen_by_validation_alone():
 
 
 def test_what_is_gained_where_less_is_tuned():
-    """At plain training's rate, or next to it; at the task's; and at the default radius there."""
+    """At plain training's rate or the next lower, the task's, and with the default radius there."""
     tried = {
         Cell(TASK, "plain", None, 5.0): [curve(60, 62)] * 2,
         Cell(TASK, "plain", None): [curve(50, 51)] * 2,
@@ -449,7 +449,7 @@ def test_what_is_gained_where_less_is_tuned():
     assert gains == {
         ("plain", "the_rate_of_plain"): (None, 5.0, None),
         ("average", "the_rate_of_plain"): (None, 5.0, 63 - 62),
-        ("sam", "the_rate_of_plain"): (0.05, 10.0, 75 - 62),
+        ("sam", "the_rate_of_plain"): (0.1, 1.0, 70 - 62),
         ("plain", "the_rate_of_the_task"): (None, 1.0, None),
         ("average", "the_rate_of_the_task"): (None, 1.0, 57 - 51),
         ("sam", "the_rate_of_the_task"): (0.1, 1.0, 70 - 51),

@@ -11,20 +11,20 @@ from monge_sam_jax.experiments.study.methods import METHODS
 PROTOCOL = """
 Protocol. Every method starts from the same params, sees the same batches in the same order, and
 takes as many gradients: one of g gradients a step trains for 1 / g of the steps of plain training.
-{trials} a method, chosen by the mean score on validation samples at the end, over {tuned};
-each is a radius times a learning rate ({rates} times the task's), and where there is no radius
-(plain training, averaged weights) a learning rate from a tenth to ten times the task's, of which
-there may be one more. What is chosen is trained from {seeds}, and its score is that on test
-samples. Gains are over plain training, paired by seed, with bootstrap intervals of 95 %. A gain is
-called open unless a sign-flip test is below 5 % after Holm's correction for all methods of a column
-and task; where it is not open its sign says whether the method is better or worse. Equal time: the
-score, between two of ten evaluations where need be, when plain training ends; seconds of a step are
+{trials} a method, chosen by the mean score on validation samples at the end, over {tuned}; each is
+a radius times a learning rate ({rates} times the task's), and where there is no radius (plain
+training, averaged weights) a learning rate from a tenth to ten times the task's, of which there may
+be one more. What is chosen is trained from {seeds}, and its score is that on test samples. Gains
+are over plain training, paired by seed, with bootstrap intervals of 95 %. A gain is called open
+unless a sign-flip test is below 5 % after Holm's correction for all methods of a column and task;
+where it is not open its sign says whether the method is better or worse. Equal time: the score,
+between two of ten evaluations where need be, when plain training ends; seconds of a step are
 medians of interleaved measurements, and a radius that falls to zero has not done so there. Stopped
 early: both are evaluated where their mean score on validation samples was best. Less tuned: at the
-learning rate that plain training chose, or the one next to it, with the best radius, over the same
-plain training; at the task's learning rate, plain training too; and at that rate with a radius of
-0.05, nothing chosen. A * marks a radius that is the largest of its line, or without one a learning
-rate that is at an end of its own.
+learning rate that plain training chose, or the next lower one that was tried, with the best radius,
+over the same plain training; at the task's learning rate, plain training too; and at that rate with
+a radius of 0.05, nothing chosen. A * marks a radius that is the largest of its line, or without one
+a learning rate that is at an end of its own.
 """
 # What a choice in `summary.choices` is called.
 LESS_TUNED = {

@@ -26,8 +26,8 @@ def choices(tried: Curves) -> dict[str, dict[str, Cell]]:
       tried: the runs of all cells.
 
     Returns:
-      By name of the choice and method: "tuned" among all cells; at "the_rate_of_plain", or the one
-      next to it of those that were tried, as the best radius; at "the_rate_of_the_task" likewise,
+      By name of the choice and method: "tuned" among all cells; at "the_rate_of_plain", or the next
+      lower one that was tried, as the best radius; at "the_rate_of_the_task" likewise,
       for plain training too; and at the "default" radius and that rate, without any choice.
     """
 
@@ -41,7 +41,7 @@ def choices(tried: Curves) -> dict[str, dict[str, Cell]]:
     tuned = chosen(lambda cell: True)
     own = tuned["plain"].factor
     rates = {cell.factor for cell in tried if cell.rho is not None} or {own}
-    near = min(rates, key=lambda rate: abs(np.log(rate / own)))
+    near = max((rate for rate in rates if rate <= own), default=min(rates))
     return {
         "tuned": tuned,
         "the_rate_of_plain": chosen(lambda c: c.factor == (own if c.rho is None else near)),
