@@ -22,11 +22,14 @@
 # | `sam` | 0.05, then 0.2, 1 | 2 | to compare with what is published | with a rho so large that training falls apart: `monge_sam` bears more |
 # | `adaptive_sam` | 0.5, then 2, 10 | 2 | wrong labels; weights that differ much in size | where weights begin at zero, as in new adapters: they are hardly perturbed |
 # | `one_pass_sam` | 0.05, then 0.2, 1; rising over a tenth of training, then falling to 0 | 1 | where two gradients a step are too many | at a constant rho to the end: it circles around minima, and falls apart sooner |
-# | `sam`, `when=` the last tenth | 0.05, then 0.2, 1 | 1.1 | training that is long already | from a bad minimum or with wrong labels: it gains less there |
+# | `sam`, `when=` the last tenth | 0.05, then 0.2, 1 | 1.1 | training that is long already | from a bad minimum: it gains less there |
 #
 # None of them pays where the test error is not one of generalising: where training losses are tiny, as in
 # regressions to high accuracy, or where the data are fresh at every step (one pass over a text), two
 # gradients a step cost more than flatness gives. [What it is worth](study.md) has the numbers.
+#
+# Tune the learning rate first, and stop early: with wrong labels most of what a sharpness-aware method gains over plain
+# training that is not tuned, a smaller rate or fewer steps gain as well. Then try radii at that rate.
 #
 # ## The radius
 #

@@ -13,9 +13,12 @@ import monge_sam_jax as ms
 from monge_sam_jax.__main__ import COMMANDS
 from monge_sam_jax.experiments.common.report import PLACES
 from monge_sam_jax.experiments.study.options import PRESETS
+from monge_sam_jax.experiments.study.report import overview
+from monge_sam_jax.experiments.study.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
+STUDY = json.loads((NOTEBOOKS / "study.json").read_text("utf-8"))
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = {
     **{path: path.read_text("utf-8") for path in NOTEBOOKS.rglob("*.md")},
@@ -66,8 +69,7 @@ def test_links_lead_somewhere(path):
 
 
 def test_what_pages_are_made_from_names_no_folder():
-    kept = json.loads((NOTEBOOKS / "study.json").read_text("utf-8"))
-    assert [set(PLACES) & set(summary["configuration"]) for summary in kept] == [set(), set()]
+    assert not set(PLACES) & set(STUDY["configuration"])
 
 
 def test_the_index_has_every_page():
@@ -119,13 +121,25 @@ def test_gradients_per_step_are_those_of_the_table_of_methods():
 
 
 def test_results_are_those_of_the_study():
-    everything = {tuple(row) for row in table(page("study"), "at equal gradients")}
-    assert {tuple(row) for row in table(README, "at equal gradients")} <= everything
-    methods = len(everything) - 2  # beside names and plain training
-    assert f"for {methods} methods" in page("study")
-    assert f"Of {methods} methods" in README
-    assert PRESETS["small"].seeds == 10
+    header, *rows = table("\n".join(overview(STUDY)), "gain over plain training")
+    assert table(page("study"), "gain over plain training") == [header, *rows]
+    (_, *tasks), *shown = table(README, "gain over plain training")
+    cells = {label: dict(zip(header[1:], of_it, strict=True)) for label, *of_it in rows}
+    assert len(shown) > 4
+    for label, *gains in shown:
+        assert gains == [cells[label][task] for task in tasks]
+
+
+def test_the_study_is_that_of_its_default_options():
+    configuration = STUDY["configuration"]
+    assert configuration["preset"] == "small"
+    assert configuration == configuration | json.loads(json.dumps(PRESETS["small"]._asdict()))
+    assert list(STUDY["tasks"]) == list(TASKS)
+    for task, entry in STUDY["tasks"].items():
+        assert [row["method"] for row in entry["rows"]] == list(TASKS[task].methods)
+        assert {len(row["ends"]) for row in entry["rows"]} == {10}
     assert "ten seeds" in page("study")
+    assert "ten seeds" in page("09_study")
 
 
 def test_commands_are_those_that_exist():
@@ -151,7 +165,7 @@ def test_commands_have_the_options_that_pages_give_them():
         ("bad-minimum", "8 minutes", "eight minutes", "claims", "bad-minimum` (8 minutes"),
         ("clip", "10 minutes", "ten minutes", "claims", "clip` (10 minutes"),
         ("bench", "a quarter of an hour", "a quarter of an hour", "cost", "tiny` in half a minute"),
-        ("study", "under an hour", "", "study", "under an hour"),
+        ("study", "75 minutes", "75 minutes", "study", "75 minutes on two cores"),
     ],
 )
 def test_times_agree(command, table_says, help_says, guide, guide_says):
