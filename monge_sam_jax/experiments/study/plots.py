@@ -75,6 +75,9 @@ def draw_gains(axes: Axes, entry: Mapping[str, Any]) -> None:
     axes.set_ylim(bottom - margin, best + margin)
     axes.axhline(0.0, color=COLOURS["sgd"], linewidth=1.2, label="plain")
     axes.set_xscale("log")
+    radii = sorted({rho for line in entry["lines"].values() for rho in line["rho"]})
+    axes.set_xticks(radii, [f"{rho:g}" for rho in radii])
+    axes.minorticks_off()
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
 
