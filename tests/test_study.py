@@ -220,7 +220,7 @@ def test_a_bad_minimum_knows_its_images_and_little_else():
 
 
 def test_large_weights_in_the_beginning():
-    problem = TASKS["large-init"].make(0, Size(64, 1, 1))
+    problem = TASKS["large-init"].make(0, Size(64, 20, 1))
     fresh = MLP_ON_DIGITS.fresh(Size(64, 1, 1), problem.train, jax.random.key(0))
     sizes = [float(optax.tree.norm(tree)) for tree in (problem.params, fresh)]
     assert sizes[0] > 3.5 * sizes[1]

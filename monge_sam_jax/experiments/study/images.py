@@ -146,7 +146,7 @@ def bad_minimum(setting: Setting, seed: int, size: Size) -> Problem:
         return setting.descend(params, samples, rows, CONFUSION_RATE)
 
     start = setting.fresh(size, train, jax.random.key(seed))
-    params, notes = _fitted(setting, start, train, spoilt, memorise, rng)
+    params, notes = _fitted(setting, size, start, train, spoilt, memorise, rng)
     return Problem(params, train, validation, test, notes)
 
 
@@ -155,12 +155,13 @@ def large_init(setting: Setting, seed: int, size: Size) -> Problem:
     rng = np.random.default_rng((seed, 4))
     train, validation, test = parts(setting.images(), rng, KNOWN_IMAGES)
     start = optax.tree.scale(LARGE_INIT, setting.fresh(size, train, jax.random.key(seed)))
-    params, notes = _fitted(setting, start, train, train, lambda params, _: params, rng)
+    params, notes = _fitted(setting, size, start, train, train, lambda params, _: params, rng)
     return Problem(params, train, validation, test, notes)
 
 
 def _fitted(
     setting: Setting,
+    size: Size,
     start: chex.ArrayTree,
     train: Batch,
     spoilt: Batch,
@@ -179,7 +180,7 @@ def _fitted(
         memorise=memorise,
         fit=fit,
         accuracy=lambda params, samples: float(measure(params, samples)),
-        most_fits=MOST_FITS,
+        most_fits=min(MOST_FITS, max(size.epochs, size.confusion_epochs)),  # in a smoke test few
     )
 
 
@@ -208,6 +209,11 @@ def _residual(channels: int) -> nn.Module:
     return ResNet(CLASSES, channels, (1, 1), norm=functools.partial(nn.GroupNorm, num_groups=4))
 
 
+@functools.cache  # to compile it takes longer than the rest of a start
+def _fresh_residual(channels: int) -> Callable[..., chex.ArrayTree]:
+    return jax.jit(_residual(channels).init)
+
+
 def _resnet(params: chex.ArrayTree, x: jax.Array) -> jax.Array:
     channels = params["params"]["Conv_0"]["kernel"].shape[-1]
     return _residual(channels).apply(params, x)  # type: ignore[return-value]
@@ -234,7 +240,7 @@ MLP_ON_MNIST = Setting(mnist, DIGITS, _fresh_mlp, share=0.4)
 RESNET_ON_DIGITS = Setting(
     digits,
     RESNET,
-    lambda size, samples, key: jax.jit(_residual(size.channels).init)(key, samples.x[:1]),
+    lambda size, samples, key: _fresh_residual(size.channels)(key, samples.x[:1]),
     size="channels",
     copies=10,
     share=0.1,

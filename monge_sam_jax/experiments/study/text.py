@@ -7,6 +7,7 @@ comes with `pydoc`: both are wherever Python is, though not the same in all its 
 import functools
 import importlib
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,13 +86,17 @@ def forgetting(seed: int, size: Size) -> Problem:
     learnt = _windows(new, tuning * BATCH, rng)
     new_validation, new_test = (_windows(new_unseen, UNSEEN, rng) for _ in range(2))
     later = Later(learnt, new_validation, new_test, seed)
-    init = jax.jit(_model(size.text_width, size.text_layers).init)
-    params = init(jax.random.key(seed), train.x[:1])
+    params = _fresh(size.text_width, size.text_layers)(jax.random.key(seed), train.x[:1])
     return Problem(params, train, validation, test, {}, later)
 
 
 def _model(width: int, layers: int) -> Transformer:
     return Transformer(width, layers, max(1, width // WIDTH_OF_HEAD), BYTES)
+
+
+@functools.cache
+def _fresh(width: int, layers: int) -> Callable[..., chex.ArrayTree]:
+    return jax.jit(_model(width, layers).init)
 
 
 def _logits(params: chex.ArrayTree, x: jax.Array) -> jax.Array:
