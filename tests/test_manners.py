@@ -88,7 +88,13 @@ def wait_for(process, folder, pattern):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("command", BEGUN)
+@pytest.mark.parametrize(
+    "command",
+    [
+        name if name in ("train", "study") else pytest.param(name, marks=pytest.mark.slow)
+        for name in BEGUN
+    ],
+)
 def test_an_interrupt_ends_a_command_with_one_line(command, tmp_path):
     output = tmp_path / "out"
     process = start(command, *SMALL[command], "--output", str(output))
