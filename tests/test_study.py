@@ -511,10 +511,14 @@ def test_the_command_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
         json.loads((tmp_path / name).read_text()) for name in ("results.json", "summary.json")
     )
     runs = results["runs"][TASK]
-    assert [len(run["runs"]) for run in runs].count(2) == 3  # chosen: of two seeds
     assert len(runs) == 3 + 2 * 2  # learning rates of plain training, and radii
     assert not {"output", "overwrite"} & set(kept["configuration"])  # nor the folder
     entry = kept["tasks"][TASK]
+    shown = [less for row in entry["rows"] for less in (row, *row["less_tuned"].values())]
+    methods = [row["method"] for row in entry["rows"] for _ in (row, *row["less_tuned"])]
+    selected = {(m, cell["rho"], cell["factor"]) for m, cell in zip(methods, shown, strict=True)}
+    of_all_seeds = [run for run in runs if len(run["runs"]) == 2]
+    assert selected == {(run["method"], run["rho"], run["factor"]) for run in of_all_seeds}
     assert [row["method"] for row in entry["rows"]] == ["plain", "sam", "one_pass_monge"]
     assert {len(row["ends"]) for row in entry["rows"]} == {2}
     (row, *_) = kept["tasks"]["forgetting"]["rows"]  # of what decides, in whatever order it is kept
