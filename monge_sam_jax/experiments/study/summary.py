@@ -1,5 +1,6 @@
 """What `monge-sam study` makes of its curves: choices, gains over plain training, aggregates."""
 
+import collections
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -130,7 +131,7 @@ def summarise(
         "start": _summary([start["test"] for start in starts]),
         "starts": starts,
         "steps": int(curves[selected["tuned"]["plain"]][0]["steps"][-1]),
-        "trials": sum(cell.method == "plain" for cell in tried),
+        "trials": min(collections.Counter(cell.method for cell in tried).values()),
         "tuned_on": tuned,
         "rows": [row(cell, runs) for cell, runs in best.items()],
         "lines": _lines(tried, best),
