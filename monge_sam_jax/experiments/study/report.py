@@ -7,8 +7,8 @@ from typing import Any
 from monge_sam_jax.experiments.common import report
 from monge_sam_jax.experiments.study.methods import METHODS
 
-# Settled before the runs whose results it is printed above, but for the next lower rate: the nearest
-# one, at first, was above plain training's in label-noise-0, where other methods diverge.
+# Settled before the runs whose results it is printed above, but for the next lower rate: at first
+# it was the nearest, which in label-noise-0 is one above, where other methods diverge.
 PROTOCOL = """
 Protocol. Every method starts from the same params, sees the same batches in the same order, and
 takes as many gradients: one of g gradients a step trains for 1 / g of the steps of plain training.
