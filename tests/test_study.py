@@ -493,7 +493,7 @@ def test_half_the_steps_are_over_when_plain_training_ends():
     }
     selected, seconds = (
         summary.choices(tried),
-        {"plain": {"ratio": 1.0}, "plain_half": {"ratio": 1}},
+        {"plain": {"ratio": 1.0}, "plain_half": {"ratio": 1.5}},
     )
     _, half = summary.summarise(TASK, [{"test": 0.0}] * 2, tried, tried, selected, seconds)["rows"]
     assert half["equal_time"]["difference"] == pytest.approx(40 - 50)
