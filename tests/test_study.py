@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +18,7 @@ from matplotlib.image import imread
 from monge_sam_jax import __main__
 from monge_sam_jax.experiments.common.data import Batch, shuffled_rows
 from monge_sam_jax.experiments.common.errors import InputError
+from monge_sam_jax.experiments.common.grid import train_grid
 from monge_sam_jax.experiments.study import (
     cures,
     images,
@@ -550,6 +555,58 @@ def test_the_command_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
     assert set(seeds) == {2}  # the third alone
 
 
+@pytest.mark.usefixtures("eight_devices")
+def test_runs_are_the_same_on_whichever_device(tmp_path, monkeypatch):
+    first, second, *_ = jax.devices()
+    arguments = [*ARGUMENTS[:4], "--methods", "plain", "--output", str(tmp_path)]
+    learn, trained = training.learn, []
+
+    def told(problem, cell, epochs, seed):
+        run = learn(problem, cell, epochs, seed)
+        trained.append((jax.config.jax_default_device, (problem, cell, epochs, seed), run))
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "learn", told)
+        __main__.main(["study", *arguments, "--devices", "2"])
+    assert {device for device, *_ in trained} == {first, second}
+    assert len({id(problem) for _, (problem, *_), _ in trained}) == 2  # made once for each seed
+    for device, arguments_of_it, run in trained:
+        if device == second:
+            jax.tree.map(np.testing.assert_array_equal, run, learn(*arguments_of_it))
+    monkeypatch.delattr(training, "learn")
+    __main__.main(["study", *arguments])  # what is kept is found from one device
+
+
+@pytest.mark.usefixtures("eight_devices")
+def test_cells_that_nobody_waits_for_are_not_trained():
+    """Where one fails, or Ctrl-C ends the command, those in training are the last."""
+    begun = []
+
+    def train(cell):
+        begun.append(cell)
+        if cell == 1:
+            raise ArithmeticError
+        time.sleep(0.01)
+        return {"train_loss": [0.0]}
+
+    begin = lambda seed, told: (seed, train)  # noqa: E731
+    with pytest.raises(ArithmeticError):
+        train_grid([0, 1], range(100), begin, start="start", devices=jax.devices()[:3])
+    assert len(begun) < 100
+
+
+def test_a_cpu_is_as_many_devices_as_are_asked_for():
+    """Where JAX has not begun, which importing the command must not do."""
+    code = """
+from monge_sam_jax.experiments.study import run
+from monge_sam_jax.experiments.common.grid import devices_of_this_machine
+assert len(devices_of_this_machine(3)) == 3
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -560,6 +617,8 @@ def test_the_command_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
         (["--tasks"], "--tasks needs"),
         (["--methods", "sam"], "--methods needs plain too"),
         (["--channels", "6"], "--channels must be a multiple of 4"),
+        (["--devices", "0"], "--devices must be at least 1"),
+        (["--devices", "999"], "--devices 999: JAX has"),
     ],
 )
 def test_options_that_cannot_be_used(options, message, capsys):

@@ -72,7 +72,9 @@ class Store:
           decisive: what decides its parts, beside their names and seeds and the environment.
         """
         self._folder = output / FINISHED
-        self._decisive = dict(decisive) | report.environment()
+        environment = report.environment()
+        del environment["device"]["count"]  # a part is computed on one
+        self._decisive = dict(decisive) | environment
 
     def kept(
         self,

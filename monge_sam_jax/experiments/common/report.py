@@ -22,7 +22,8 @@ from monge_sam_jax.experiments.common.errors import InputError
 from monge_sam_jax.experiments.common.options import flag
 
 RESULTS = "results.json"
-PLACES = ("output", "overwrite")  # options that decide nothing but where results go
+# Options that decide nothing but where results are computed, and where they go.
+PLACES = ("output", "overwrite", "devices")
 
 FEWEST_SEEDS = 3  # that a verdict may rest on
 CERTAIN = 2.0  # standard errors beyond which a mean difference is not put down to chance

@@ -163,12 +163,13 @@ class Study(InFolderOfPreset):
     radius. The mean score on validation samples chooses, over the first seeds, and what is chosen
     is trained from all seeds. What is finished is kept in the output folder: the same command goes
     on after an interruption, and with more seeds, tasks and methods. So `--tasks` does a part, and
-    parts may run at once with one folder; the whole command then finds all of it there.
+    parts may run at once with one folder; the whole command then finds all of it there. Trainings
+    are small and many, so --devices divides them, and no batch.
 
     Attributes:
       preset: Sizes, which the options below change one by one. smoke takes three minutes on two
-        cores; small 75 minutes in two parts at once, two and a half hours of processor time; full
-        is for days of cores, or for a GPU.
+        cores; small two and a half hours of processor time, which --devices halves on two cores;
+        full is for days of cores, or for a GPU.
       tasks: bad-minimum and large-init start where a network knows 500 images by heart and little
         else, the first after learning noise (Liu et al. 2020), the second from large weights; two
         more do the first on MNIST and with a ResNet. label-noise-30 starts at random with 30 % of
@@ -191,6 +192,8 @@ class Study(InFolderOfPreset):
       text_width: Of the language model.
       text_layers: Of it.
       text_steps: Of its training by a method with two gradients a step.
+      devices: How many of the machine's devices train, each a run at a time; without a GPU, how
+        many cores.
       output: Folder for summary.json, results.json, study.md, figures and what is finished.
       overwrite: Write over the results of other options, if the output folder has some.
     """
@@ -210,6 +213,7 @@ class Study(InFolderOfPreset):
     text_width: int | None = None
     text_layers: int | None = None
     text_steps: int | None = None
+    devices: int = 1
     output: Path = Path("runs", "study", PRESET)
     overwrite: bool = False
 
@@ -240,6 +244,7 @@ class Study(InFolderOfPreset):
             check_numbers({name: getattr(self, name)}, positive=True)
         own = ("radii", "rates", "methods")
         check_counts({name: getattr(self, name) for name in Preset._fields if name not in own})
+        check_counts({"devices": self.devices})
         check_seed(self.seed)
         if self.size.channels % 4:
             raise InputError(

@@ -2,14 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import jax
 import numpy as np
 
 from monge_sam_jax.experiments.common import report
-from monge_sam_jax.experiments.common.grid import train_grid
+from monge_sam_jax.experiments.common.grid import devices_of_this_machine, train_grid
 from monge_sam_jax.experiments.common.kept import Store, fingerprint
 from monge_sam_jax.experiments.common.progress import Steps
 from monge_sam_jax.experiments.study import training
@@ -36,6 +37,7 @@ def run(options: Study) -> None:
       InputError: an option, or the output folder, cannot be used.
     """
     options.check()
+    devices = devices_of_this_machine(options.devices)
     size = options.size
     configuration = dataclasses.asdict(options) | size._asdict()
     report.prepare_output(
@@ -47,7 +49,7 @@ def run(options: Study) -> None:
     )
     decisive = {name: getattr(size, name) for name in Size._fields}
     store = Store(options.output, decisive)
-    done = {task: _task(options, Size(**decisive), store, task) for task in options.tasks}
+    done = {task: _task(options, Size(**decisive), store, devices, task) for task in options.tasks}
     tasks = {task: summarised for task, (_, summarised) in done.items()}
     about = {"configuration": configuration, **report.environment()}
     # Made to be kept with a page, so it does not say where it was written.
@@ -81,7 +83,7 @@ def grid(options: Study, task: str) -> list[Cell]:
 
 
 def _task(
-    options: Study, size: Size, store: Store, task: str
+    options: Study, size: Size, store: Store, devices: Sequence[jax.Device], task: str
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """All runs of a task, and its aggregates."""
     epochs = TASKS[task].epochs(size)
@@ -93,8 +95,14 @@ def _task(
     kept = functools.partial(store.kept, indifferent=indifferent)
 
     @functools.lru_cache(1)
-    def problem(seed: int) -> Problem:
+    def made(seed: int) -> Problem:
         return TASKS[task].make(seed, size)
+
+    making = threading.Lock()
+
+    def problem(seed: int) -> Problem:
+        with making:  # once for all threads
+            return made(seed)
 
     def begin(seed: int, told: Steps) -> tuple[dict[str, float], Callable[[Cell], Any]]:
         del told
@@ -111,7 +119,7 @@ def _task(
         noted = kept((task, "start"), seed, notes)
         return {name: float(value) for name, value in noted.items()}, train
 
-    train = functools.partial(train_grid, begin=begin, start="start")
+    train = functools.partial(train_grid, begin=begin, start="start", devices=devices)
     starts, tried = train(seeds[:tuning], cells, label=f"{task}, choosing")
     selected = choices(tried)
     best = list(dict.fromkeys(cell for cells in selected.values() for cell in cells.values()))
