@@ -105,3 +105,6 @@ print(shared["w"], jax.jit(manual)(replicated, sharded)["w"])
 # what is kept and how to go on, and exit code 130; where standard error is no terminal, progress is a
 # line for every epoch or run, with what is left. `--dtype bfloat16` trains in bfloat16 with the
 # perturbed params widened, `--model cnn` has batch normalisation.
+#
+# `monge-sam study --devices 8` trains eight runs at once, each whole on a device of its own, since its runs
+# are small and many; what comes out is the same. Without a GPU it is a number of cores.

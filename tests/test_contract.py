@@ -573,7 +573,13 @@ def test_types_do_not_change_so_scan_accepts_the_state(case):
     ],
     ids=lambda flags: "+".join(flags),
 )
-@pytest.mark.parametrize("options", [{}, {"measure": True, "period": 2}], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="plain", marks=pytest.mark.slow),
+        pytest.param({"measure": True, "period": 2}, id="all"),
+    ],
+)
 def test_clean_under_strict_flags(case, flags, options):
     before = {flag: getattr(jax.config, flag) for flag in flags}
     for flag, value in flags.items():

@@ -114,7 +114,11 @@ def count_instructions(compiled):
     return len(re.findall(r"^\s+(?:ROOT )?%?[\w.\-]+ = ", compiled.as_text(), re.MULTILINE))
 
 
-STEPS = [("mlp", tail) for tail in TAILS] + [("resnet", "momentum"), ("transformer", "adamw")]
+STEPS = [
+    *(("mlp", tail) for tail in TAILS),
+    ("resnet", "momentum"),
+    pytest.param("transformer", "adamw", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("model", "tail"), STEPS)

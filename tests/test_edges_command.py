@@ -57,12 +57,12 @@ def by_hand(problem, name, rho, steps, options):
 @pytest.mark.parametrize(
     ("name", "momentum", "direction", "batch_size"),
     [
-        ("sgd", 0.5, "gradient", 7),
+        pytest.param("sgd", 0.5, "gradient", 7, marks=pytest.mark.slow),
         ("sam", 0.0, "gradient", None),
         ("monge_sam", 0.5, "gradient", 7),
-        ("one_pass_sam", 0.5, "gradient", None),
-        ("one_pass_sam", 0.5, "momentum", None),
-        ("one_pass_monge_sam", 0.5, "gradient", 7),
+        pytest.param("one_pass_sam", 0.5, "gradient", None, marks=pytest.mark.slow),
+        pytest.param("one_pass_sam", 0.5, "momentum", None, marks=pytest.mark.slow),
+        pytest.param("one_pass_monge_sam", 0.5, "gradient", 7, marks=pytest.mark.slow),
         ("one_pass_monge_sam", 0.5, "momentum", None),
     ],
 )

@@ -881,7 +881,7 @@ def test_the_function_that_is_searched_is_of_the_whole_batch(by_devices):
     tx = optax.GradientTransformationExtraArgs(lambda params: seen, update)
     state = TrainState.create(apply_fn=None, params=example_params(), tx=tx)
     step = make_train_step(simple(network_loss), axis_name="data")
-    new = by_devices(lambda *args: step(*args)[0], state, example_batch(16))
+    new = jit(functools.partial(by_devices, lambda *args: step(*args)[0]))(state, example_batch(16))
     value, grads = jax.value_and_grad(network_loss)(state.params, example_batch(16))
     slope = sum(jnp.sum(g) for g in jax.tree.leaves(grads))
     expected = (jax.tree.map(jnp.add, state.params, grads), (value, value, slope, grads))

@@ -153,9 +153,9 @@ def test_an_interrupt_in_this_process(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "streams"),
     [
-        (["bench", "--help"], ("stdout",)),
+        pytest.param(["bench", "--help"], ("stdout",), marks=pytest.mark.slow),
         (["--help"], ("stdout",)),
-        (["figures", "3", "--output", "{tmp}"], ("stdout",)),
+        pytest.param(["figures", "3", "--output", "{tmp}"], ("stdout",), marks=pytest.mark.slow),
         (["figures", "3", "--output", "{tmp}"], ("stdout", "stderr")),
         (["train", "--rounds", "3"], ("stderr",)),
     ],

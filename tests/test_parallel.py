@@ -55,11 +55,12 @@ EXPLICIT_LAYOUTS = {
     "fully sharded": (DATA, REPLICATED | {"weights": P("data")}),
     "two axes": (DATA_AND_MODEL, REPLICATED | {"bias": P("model"), "weights": P("data", "model")}),
 }
+QUICK_PLACES = [("fully sharded", AUTO), ("two axes", EXPLICIT)]
 PLACES = [
     pytest.param(
         *(*layout, kind),
         id=f"{name}, {kind.name}",
-        marks=pytest.mark.slow if name == "replicated" else (),
+        marks=() if (name, kind) in QUICK_PLACES else pytest.mark.slow,
     )
     for kind, layouts in [(AUTO, LAYOUTS), (EXPLICIT, EXPLICIT_LAYOUTS)]
     for name, layout in layouts.items()
@@ -144,8 +145,14 @@ MAPPED = {
 }
 
 
-@pytest.mark.parametrize("sync", [True, False], ids=["one perturbation", "each its own"])
-@pytest.mark.parametrize("mapped", MAPPED)
+@pytest.mark.parametrize(
+    ("mapped", "sync"),
+    [
+        pytest.param(mapped, sync, marks=() if mapped == "shard_map" or quick else pytest.mark.slow)
+        for mapped in MAPPED
+        for sync, quick in [(True, mapped == "pmap"), (False, mapped == "vmap")]
+    ],
+)
 def test_named_axis(mapped, sync):
     """One perturbation is that of one device; otherwise every shard has its own."""
     step, runs, place_batch, fetch = MAPPED[mapped](

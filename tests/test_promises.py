@@ -139,8 +139,8 @@ ONE_PASS = {
 FORMS = {**TWO_PASS, **ONE_PASS, "functional": functional}
 # The others are made of parts that are in these too.
 QUICK_FORMS = (
-    *("monge_sam", "fisher_sam", "monge adaptive", "grouped", "with a state", "spectral"),
-    *("averaged with a state", "one pass, gradient", "one pass, momentum, with a state"),
+    *("fisher_sam", "monge adaptive", "grouped", "with a state", "spectral"),
+    *("one pass, gradient", "one pass, momentum, with a state"),
     "functional",
 )
 EACH_FORM = [

@@ -79,7 +79,7 @@ def test_quadrature_is_exact_for_polynomials(num_steps):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("reorthogonalize", [True, False])
+@pytest.mark.parametrize("reorthogonalize", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", DENSE)
 def test_quadrature_has_the_moments_and_the_distribution(name, reorthogonalize):
     eigenvalues = eigenvalues_of(name)
@@ -110,7 +110,7 @@ def test_quadrature_has_the_moments_and_the_distribution(name, reorthogonalize):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("width", [0.1, 1.0])
+@pytest.mark.parametrize("width", [0.1, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", DENSE)
 def test_density_is_that_of_the_eigenvalues(name, width):
     eigenvalues = eigenvalues_of(name)
@@ -171,12 +171,14 @@ def test_all_of_it_under_jit():
             layerwise_traces(loss_fn, params, key, 3, labels="all"),
         )
 
-    for key in (KEY, jax.random.key(1)):
-        jax.tree.map(
-            functools.partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-9),
-            jax.jit(all_of_it)(params, key, 0.1),
-            all_of_it(params, key, 0.1),
-        )
+    compiled = jax.jit(all_of_it)
+    compiled(params, KEY, 0.2)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-9),
+        compiled(params, jax.random.key(1), 0.1),
+        all_of_it(params, jax.random.key(1), 0.1),
+    )
+    assert compiled._cache_size() == 1
 
 
 def test_products_are_counted():
@@ -233,7 +235,7 @@ def test_eigenvalues_of_known_spectrum(name, which):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("num_steps", [8, 15, 40])
+@pytest.mark.parametrize("num_steps", [8, pytest.param(15, marks=pytest.mark.slow), 40])
 @pytest.mark.parametrize("which", FIRST)
 def test_residuals_are_those_of_the_pairs_and_bound_the_error(which, num_steps):
     loss_fn, params, H = small_network()
@@ -343,8 +345,15 @@ PLACES = {"a": [0, 1], "b0": [2], "b1": [3, 4, 5, 6, 7, 8]}
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("as_operator", [False, True])
-@pytest.mark.parametrize("name", ["prefix", "function"])
+@pytest.mark.parametrize(
+    ("name", "as_operator"),
+    [
+        pytest.param("prefix", False, marks=pytest.mark.slow),
+        ("prefix", True),
+        ("function", False),
+        pytest.param("function", True, marks=pytest.mark.slow),
+    ],
+)
 def test_blocks_are_those_of_the_dense_hessian(name, as_operator):
     labels, blocks = LABELS[name]
     params, S = tree_of_nine(0), symmetric(np.linspace(-2.0, 5.0, 9))
@@ -439,7 +448,7 @@ def spectra(params, key):
     [
         (AxisType.Auto, True),
         pytest.param(AxisType.Auto, False, marks=pytest.mark.slow),
-        (AxisType.Explicit, True),
+        pytest.param(AxisType.Explicit, True, marks=pytest.mark.slow),
     ],
 )
 def test_shards_change_nothing(axis_type, jit):

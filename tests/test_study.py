@@ -42,7 +42,7 @@ from monge_sam_jax.experiments.study.options import (
 from monge_sam_jax.experiments.study.plots import frontier_figure, profiles_figure, study_figure
 from monge_sam_jax.experiments.study.report import overview
 from monge_sam_jax.experiments.study.run import grid
-from monge_sam_jax.experiments.study.tasks import TASKS
+from monge_sam_jax.experiments.study.tasks import MOST, TASKS
 from monge_sam_jax.experiments.study.training import Cell
 
 SIZE = Size(width=16, epochs=2, confusion_epochs=1)
@@ -121,7 +121,9 @@ CURED_BY_HAND = [
 ]
 
 
-@pytest.mark.parametrize("name", [*BY_HAND, *CURED_BY_HAND])
+@pytest.mark.parametrize(
+    "name", [*BY_HAND, *(pytest.param(name, marks=pytest.mark.slow) for name in CURED_BY_HAND)]
+)
 def test_a_curve_is_that_of_a_loop(problem, name):
     """Of as many steps as take 28 gradients, to the nearest ten."""
     rho = RHO if METHODS[name].has_radius else None
@@ -146,10 +148,14 @@ def plain_losses(problem):
     return {curve["steps"][-1]: curve["train_loss"] for curve in curves}
 
 
-WITH_RADIUS = [name for name in MethodName.__args__ if METHODS[name].has_radius]
+WITH_RADIUS = [
+    name if name in MOST else pytest.param(name, marks=pytest.mark.slow)
+    for name in (*MethodName.__args__, "against_momentum")
+    if METHODS[name].has_radius
+]
 
 
-@pytest.mark.parametrize("name", [*WITH_RADIUS, "against_momentum"])
+@pytest.mark.parametrize("name", WITH_RADIUS)
 def test_every_method_perturbs_and_at_a_tiny_radius_is_plain_training(problem, plain_losses, name):
     """Functional SAM too: its second gradient is the first one at radius zero."""
     tiny, perturbed = (
