@@ -45,7 +45,7 @@ CASES = {
     "adaptive_sam": Case(ms.adaptive_sam, ms.adaptive, adaptive_matrix, {"eta": 0.1}),
     "fisher_sam": Case(ms.fisher_sam, ms.diagonal_fisher, fisher_matrix, {"eta": 2.0}),
 }
-QUICK_CASES = ("monge_sam", "adaptive_sam", "fisher_sam")
+QUICK_CASES = ("monge_sam", "adaptive_sam")
 EACH_CASE = [
     name if name in QUICK_CASES else pytest.param(name, marks=pytest.mark.slow) for name in CASES
 ]

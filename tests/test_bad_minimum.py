@@ -332,6 +332,7 @@ def small_resnet():
     return training.Trainer(recipe, samples), samples
 
 
+@pytest.mark.slow
 def test_convolutions_are_not_in_a_loop():
     trainer, samples = small_resnet()
     assert not trainer._scans

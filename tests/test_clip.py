@@ -25,7 +25,7 @@ from monge_sam_jax.experiments.clip.plots import Panel, figure_7, mechanism_figu
 from monge_sam_jax.experiments.clip.training import Cell
 from monge_sam_jax.experiments.common.errors import InputError
 
-SMOKE = Clip(preset="smoke", sgd_rates=(0.01,), rho=(0.1, 1.0))
+SMOKE = Clip(preset="smoke", sgd_rates=(0.01,), rho=(0.1,))
 PLAIN = clip_scenes.Distribution(
     templates=("{a} {relation} {b}",),
     nouns=("a {size} {colour} {shape}",),
@@ -259,7 +259,7 @@ def by_hand(cell, base, params, pairs, rows, grad_fn):
 @pytest.mark.parametrize(
     ("cell", "base"),
     [
-        (Cell("sgd", 0.01), "sgd"),
+        pytest.param(Cell("sgd", 0.01), "sgd", marks=pytest.mark.slow),
         pytest.param(Cell("adam", 1e-3), "sgd", marks=pytest.mark.slow),
         pytest.param(Cell("sam", 0.01, 0.1), "sgd", marks=pytest.mark.slow),
         (Cell("monge_sam", 0.01, 0.1), "sgd"),
@@ -529,7 +529,7 @@ def test_figure_7_explains_its_marks(labels):
 
 
 def run_command(output, *more):
-    arguments = ["clip", "--preset", "smoke", "--sgd-rates", "0.01", "--rho", "0.1", "1.0"]
+    arguments = ["clip", "--preset", "smoke", "--sgd-rates", "0.01", "--rho", "0.1"]
     __main__.main([*arguments, "--output", str(output), *more])
     results = json.loads((output / "results.json").read_text())
     results["configuration"].pop("output")
@@ -541,7 +541,7 @@ def test_command_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys)
     done = []
 
     def interrupted(cell, *args):
-        if len(done) == 4:
+        if len(done) == 3:
             raise KeyboardInterrupt
         done.append(cell)
         return training.record(cell, *args)
@@ -572,7 +572,7 @@ def test_command_on_pairs_of_a_folder(tmp_path):
     sizes = {"pretrain": 512, "train": 128, "val": 64, "test": 64}
     splits = {name: scenes(PLAIN, n, 16, n) for name, n in sizes.items()}
     write_folder(tmp_path / "pairs", "npz", splits)
-    more = ["--data", str(tmp_path / "pairs"), "--rho", "0.1", "--pretraining-steps", "100"]
+    more = ["--data", str(tmp_path / "pairs"), "--pretraining-steps", "100"]
     results = run_command(tmp_path / "out", *more)
     assert results["configuration"]["pretraining_steps"] == 100
     assert results["data"]["pairs"] == sizes

@@ -143,7 +143,7 @@ def end_and_velocity(loss, start, rho, **options):
     )
 
 
-@pytest.mark.parametrize("alpha", [0.5, 2.0])
+@pytest.mark.parametrize("alpha", [pytest.param(0.5, marks=pytest.mark.slow), 2.0])
 def test_the_speed_stays_one(alpha, x64):
     deviations = []
     for num_steps in (8, 16, 32):

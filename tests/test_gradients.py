@@ -169,7 +169,9 @@ def test_non_finite_first_gradient(case):
 PARTS = {0.25: slice(0, None, 4), 0.5: slice(0, None, 2), 0.75: slice(0, 12), 1e-9: slice(0, 1)}
 
 
-@pytest.mark.parametrize("fraction", PARTS)
+@pytest.mark.parametrize(
+    "fraction", [pytest.param(x, marks=() if x == 0.75 else pytest.mark.slow) for x in PARTS]
+)
 def test_ascent_on_a_part_of_the_batch(case, fraction):
     """The perturbation and the value of the part alone, the gradient of the whole batch."""
     metric, params = case.metric(**case.options), example_params()

@@ -453,7 +453,7 @@ def line_state(tail, **fields):
     ("line", "mode", "k", "scaled"),
     [
         ("zoom", "metric", 1, False),
-        ("backtracking", "chain", 2, True),
+        pytest.param("backtracking", "chain", 2, True, marks=pytest.mark.slow),
         pytest.param("lbfgs", "chain", 1, False, marks=pytest.mark.slow),
         pytest.param("lbfgs", "metric", 2, True, marks=pytest.mark.slow),
     ],

@@ -90,10 +90,7 @@ def wait_for(process, folder, pattern):
 
 @pytest.mark.parametrize(
     "command",
-    [
-        name if name in ("train", "study") else pytest.param(name, marks=pytest.mark.slow)
-        for name in BEGUN
-    ],
+    [name if name == "study" else pytest.param(name, marks=pytest.mark.slow) for name in BEGUN],
 )
 def test_an_interrupt_ends_a_command_with_one_line(command, tmp_path):
     output = tmp_path / "out"

@@ -153,7 +153,13 @@ def dropout_loss(params, x, keys):
     return jnp.mean(x**2)
 
 
-@pytest.mark.parametrize("together", [True, False], ids=["accumulated", "each its own"])
+@pytest.mark.parametrize(
+    "together",
+    [
+        pytest.param(True, id="accumulated", marks=pytest.mark.slow),
+        pytest.param(False, id="each its own"),
+    ],
+)
 def test_each_micro_batch_has_a_dropout_mask_of_its_own_in_both_passes(how, together):
     """Unless the key is closed over, or is a raw one, which looks like data."""
     rng = np.random.default_rng(0)

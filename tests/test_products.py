@@ -176,7 +176,11 @@ MEANS = {
 }
 
 
-@pytest.mark.parametrize("size", [1, 4, 11, 50])  # 11 samples: three left, none, one batch alone
+# 11 samples: three left, none, one batch alone.
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(11, marks=pytest.mark.slow), 50],
+)
 @pytest.mark.parametrize("how", MEANS)
 def test_means_are_those_of_the_whole_data(how, size):
     params = classifier()[0]
@@ -190,7 +194,7 @@ def test_means_are_those_of_the_whole_data(how, size):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11), gradient, direct)
 
 
-@pytest.mark.parametrize("how", MEANS)
+@pytest.mark.parametrize("how", [pytest.param("data", marks=pytest.mark.slow), "batches"])
 def test_eigenvalues_over_a_data_set(how):
     params = classifier()[0]
     mean = partial(MEANS[how](product_of_batch, 4), params)

@@ -557,7 +557,7 @@ NOT_OF_ANY_SIZE = (
 )
 
 
-@pytest.mark.parametrize("size_of_params", [0.0, 1.0, 1e38])
+@pytest.mark.parametrize("size_of_params", [0.0, pytest.param(1.0, marks=pytest.mark.slow), 1e38])
 @pytest.mark.parametrize("metric", [name for name in METRICS if name not in NOT_OF_ANY_SIZE])
 def test_perturbations_of_any_gradient_at_any_params(debugging, metric, size_of_params):
     """Eagerly, where every intermediate result is looked at."""

@@ -648,11 +648,14 @@ def test_slots_over_devices(sync):
 
     single = ms.sharpness_aware(grad_fn, **options)
     expected_state = single.init(params)
+
+    @jax.jit
+    def update_single(params, state, batch):
+        return single.update(grad_fn(params, batch), state, params, batch=batch)
+
     for _ in range(4):
         found, state = jax.jit(update)(params, state, batch)
-        expected, expected_state = single.update(
-            grad_fn(params, batch), expected_state, params, batch=batch
-        )
+        expected, expected_state = update_single(params, expected_state, batch)
         if sync:
             np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-4)
             np.testing.assert_allclose(flat(state), flat(expected_state), rtol=1e-3, atol=1e-5)

@@ -197,7 +197,7 @@ def test_products_are_counted():
 
 
 @pytest.mark.parametrize("spectrum", [np.geomspace(1e-4, 1e4, 300), np.linspace(-1.0, 1.0, 300)])
-@pytest.mark.parametrize("num_steps", [100, 300])
+@pytest.mark.parametrize("num_steps", [pytest.param(100, marks=pytest.mark.slow), 300])
 def test_the_basis_stays_orthonormal(spectrum, num_steps):
     """In float32, long after the largest eigenvalues are found, and over leaves of all shapes."""
     S = jnp.float32(symmetric(spectrum))
@@ -465,7 +465,9 @@ def test_shards_change_nothing(axis_type, jit):
 
 
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
+)
 def test_only_scalars_and_coefficients_move_between_devices(axis_type):
     """All of the iteration: this loss itself needs no more than sums."""
     parts = spread(make_mesh(axis_type, data=4, model=2), sharded_params(), SPECS)

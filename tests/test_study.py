@@ -185,7 +185,13 @@ def test_seconds_are_those_of_a_step(problem, monkeypatch):
     assert found["plain"]["ratio"] == 1
 
 
-@pytest.mark.parametrize("name", ["layerwise", "supremum", "spectral"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "supremum",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("layerwise", "spectral")),
+    ],
+)
 def test_balls_are_of_the_same_euclidean_size(problem, name):
     """The line of radii means the same length for all of them."""
     built = METHODS[name].build

@@ -501,7 +501,7 @@ class Normalised(nn.Module):
         return nn.Dense(2)(nn.relu(nn.BatchNorm(not training, momentum=0.9)(x)))
 
 
-@pytest.mark.parametrize("sharding", ["data", "fsdp"])
+@pytest.mark.parametrize("sharding", [pytest.param("data", marks=pytest.mark.slow), "fsdp"])
 def test_sharded_training_is_that_of_one_device(eight_devices, sharding):
     finished = []
     for layout in (None, sharding):
@@ -712,7 +712,10 @@ def test_nothing_to_resume_is_said_in_one_line(compiled_once, images, tmp_path, 
     assert f"--resume: there is no checkpoint in {tmp_path}" in error_line(capsys, *command)
 
 
-@pytest.mark.parametrize(("share", "left"), [(1e-9, ["epoch_1"]), (1e9, ["epoch_5", "epoch_6"])])
+@pytest.mark.parametrize(
+    ("share", "left"),
+    [(1e-9, ["epoch_1"]), pytest.param(1e9, ["epoch_5", "epoch_6"], marks=pytest.mark.slow)],
+)
 def test_checkpoints_take_a_small_share_of_the_time(
     share, left, compiled_once, images, tmp_path, monkeypatch
 ):

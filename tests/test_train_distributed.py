@@ -164,6 +164,7 @@ def test_a_killed_worker_ends_the_run_and_resume_completes_it(processes, alone):
     assert_same_results(results_in(output), alone, 1e-5)
 
 
+@pytest.mark.slow
 def test_processes_with_different_options_part_in_good_order(processes):
     processes.start(differ=((), ("--rho", "0.1")))
     for code, out, err in processes.finish():

@@ -149,7 +149,9 @@ TAILS = {
 }
 
 
-@pytest.mark.parametrize("name", ["monge_sam", "adaptive_sam"])
+@pytest.mark.parametrize(
+    "name", ["monge_sam", pytest.param("adaptive_sam", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("tail", TAILS)
 def test_before_other_transformations(name, tail):
     case, tail = CASES[name], TAILS[tail]()

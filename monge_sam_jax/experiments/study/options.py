@@ -168,8 +168,8 @@ class Study(InFolderOfPreset):
 
     Attributes:
       preset: Sizes, which the options below change one by one. smoke takes three minutes on two
-        cores; small two and a half hours of processor time, which --devices halves on two cores;
-        full is for days of cores, or for a GPU.
+        cores; small 75 minutes with --devices 2, two and a half hours of processor time; full is
+        for days of cores, or for a GPU.
       tasks: bad-minimum and large-init start where a network knows 500 images by heart and little
         else, the first after learning noise (Liu et al. 2020), the second from large weights; two
         more do the first on MNIST and with a ResNet. label-noise-30 starts at random with 30 % of
