@@ -1,24 +1,30 @@
 """What the first page, the guides, the docstrings and the help say of the same things agrees."""
 
+import dataclasses
 import importlib
 import inspect
 import json
 import re
 from pathlib import Path
 
+import jax
 import jupytext
+import numpy as np
 import pytest
+import tyro
 
 import monge_sam_jax as ms
 from monge_sam_jax.__main__ import COMMANDS
 from monge_sam_jax.experiments.common.report import PLACES
-from monge_sam_jax.experiments.study.options import PRESETS
+from monge_sam_jax.experiments.study.kinds import Size
+from monge_sam_jax.experiments.study.options import PRESETS, Study
 from monge_sam_jax.experiments.study.report import overview
 from monge_sam_jax.experiments.study.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 STUDY = json.loads((NOTEBOOKS / "study.json").read_text("utf-8"))
+LARGE = json.loads((NOTEBOOKS / "study_text.json").read_text("utf-8"))
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = {
     **{path: path.read_text("utf-8") for path in NOTEBOOKS.rglob("*.md")},
@@ -68,8 +74,9 @@ def test_links_lead_somewhere(path):
             assert not anchor or anchor in {h.lower().replace(" ", "-") for h in headings}, target
 
 
-def test_what_pages_are_made_from_names_no_folder():
-    assert not set(PLACES) & set(STUDY["configuration"])
+@pytest.mark.parametrize("study", [STUDY, LARGE], ids=["small", "of text"])
+def test_what_pages_are_made_from_names_no_folder(study):
+    assert not set(PLACES) & set(study["configuration"])
 
 
 def test_the_index_has_every_page():
@@ -128,6 +135,31 @@ def test_results_are_those_of_the_study():
     assert len(shown) > 4
     for label, *gains in shown:
         assert gains == [cells[label][task] for task in tasks]
+
+
+def test_the_study_of_text_is_that_of_the_command_on_its_page():
+    """Of a model of over a million params, and what is said of its figures."""
+    text = " ".join(page("09_study").split())
+    said = re.search(r"`monge-sam study (--tasks forgetting .*?)`", text)
+    options = tyro.cli(Study, args=said[1].split())
+    configuration = LARGE["configuration"]
+    given = dataclasses.asdict(options) | options.size._asdict()
+    decisive = {name: x for name, x in given.items() if name not in PLACES}
+    assert configuration == json.loads(json.dumps(decisive))
+    size = Size(1, 1, 1, 4, options.size.text_width, options.size.text_layers)
+    problem = TASKS["forgetting"].make(0, size)
+    assert 1.3e6 < sum(x.size for x in jax.tree.leaves(problem.params)) < 1.35e6
+    rows = {row["method"]: row for row in LARGE["tasks"]["forgetting"]["rows"]}
+    assert {len(row["ends"]) for row in rows.values()} == {8}
+    gains = {name: row["over_plain"] for name, row in rows.items() if row["over_plain"]}
+    shown = {name: round(gain["difference"], 3) for name, gain in gains.items()}
+    assert [shown[name] for name in ("sam", "monge_sam")] == [-0.187, -0.179]
+    assert [name for name, gain in gains.items() if gain["verdict"] == "open"] == ["late_sam"]
+    curves = {name: {k: np.array(x) for k, x in row["after"].items()} for name, row in rows.items()}
+    forgotten = [curve["before"][-1] - curve["old"][-1] for curve in curves.values()]
+    assert 0.11 < min(forgotten) < max(forgotten) < 0.13  # "about 0.12"
+    lost = {name: curve["old"][-1] - curve["4 bits"][-1] for name, curve in curves.items()}
+    assert lost["sam"] < lost["monge_sam"] < 0.031 < 0.038 < lost["plain"]
 
 
 def test_the_study_is_that_of_its_default_options():

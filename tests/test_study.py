@@ -590,6 +590,17 @@ def test_runs_are_the_same_on_whichever_device(tmp_path, monkeypatch):
     __main__.main(["study", *arguments])  # what is kept is found from one device
 
 
+@pytest.mark.parametrize("rate", ["1", "0.1"])
+def test_what_may_mend_one_pass_is_told_at_the_learning_rate_of_the_task(tmp_path, rate):
+    arguments = [*ARGUMENTS[:4], "--seeds", "1", "--rho", "0.5", "--output", str(tmp_path)]
+    methods = ["--methods", "plain", "ahead_one_pass_monge", "warm_annealed_one_pass_monge"]
+    __main__.main(["study", *arguments, *methods, "--rates", rate])
+    told = [(tmp_path / name).exists() for name in ("study.md", "cures.md", "cures.png")]
+    assert told == [True, rate == "1", rate == "1"]
+    if rate == "1":
+        assert "warm-up, annealed" in (tmp_path / "cures.md").read_text()
+
+
 @pytest.mark.usefixtures("eight_devices")
 def test_cells_that_nobody_waits_for_are_not_trained():
     """Where one fails, or Ctrl-C ends the command, those in training are the last."""

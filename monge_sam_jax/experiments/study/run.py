@@ -21,7 +21,7 @@ from monge_sam_jax.experiments.study.options import CureName, Study, factors
 from monge_sam_jax.experiments.study.plots import frontier_figure, profiles_figure, study_figure
 from monge_sam_jax.experiments.study.report import markdown
 from monge_sam_jax.experiments.study.summary import Curves, choices, summarise
-from monge_sam_jax.experiments.study.tasks import TASKS
+from monge_sam_jax.experiments.study.tasks import MOST, TASKS
 from monge_sam_jax.experiments.study.training import Cell
 
 SUMMARY = "summary.json"
@@ -63,7 +63,8 @@ def run(options: Study) -> None:
     }
     if any(entry["after"] for entry in tasks.values()):
         files["frontier.png"] = frontier_figure(summary)
-    if set(options.methods) & set(get_args(CureName)):
+    cures = {*options.methods} & {*get_args(CureName)} - {*MOST}
+    if cures and 1 in size.rates:  # what is told of them is at the task's learning rate
         ends = all_ends(results["runs"])
         files |= {"cures.md": table(ends), "cures.png": cures_figure(ends)}
     report.publish(options.output, {SUMMARY: summary, report.RESULTS: results, **files})
