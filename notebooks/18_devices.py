@@ -107,4 +107,4 @@ print(shared["w"], jax.jit(manual)(replicated, sharded)["w"])
 # perturbed params widened, `--model cnn` has batch normalisation.
 #
 # `monge-sam study --devices 8` trains eight runs at once, each whole on a device of its own, since its runs
-# are small and many; what comes out is the same. Without a GPU it is a number of cores.
+# are small and many; what comes out is the same. On a CPU, parts by `--tasks` that run at once use its cores better.

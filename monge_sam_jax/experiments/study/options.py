@@ -168,8 +168,8 @@ class Study(InFolderOfPreset):
 
     Attributes:
       preset: Sizes, which the options below change one by one. smoke takes three minutes on two
-        cores; small 75 minutes with --devices 2, two and a half hours of processor time; full is
-        for days of cores, or for a GPU.
+        cores; small 75 minutes in two parts at once, two and a half hours of processor time; full
+        is for days of cores, or for a GPU.
       tasks: bad-minimum and large-init start where a network knows 500 images by heart and little
         else, the first after learning noise (Liu et al. 2020), the second from large weights; two
         more do the first on MNIST and with a ResNet. label-noise-30 starts at random with 30 % of
@@ -192,8 +192,8 @@ class Study(InFolderOfPreset):
       text_width: Of the language model.
       text_layers: Of it.
       text_steps: Of its training by a method with two gradients a step.
-      devices: How many of the machine's devices train, each a run at a time; without a GPU, how
-        many cores.
+      devices: How many of the machine's devices train, each a run at a time. Without a GPU the CPU
+        is as many, but two parts at once use two cores better.
       output: Folder for summary.json, results.json, study.md, figures and what is finished.
       overwrite: Write over the results of other options, if the output folder has some.
     """
