@@ -13,7 +13,7 @@ if jax.config.jax_platforms and "cpu" not in jax.config.jax_platforms:
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # no TF32 on a GPU
-settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=30)
+settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=20)
 settings.load_profile("fixed")
 
 

@@ -1,6 +1,6 @@
 """One of several processes that train together; the first writes where every run ended.
 
-python process_worker.py PORT PROCESSES PROCESS OUTPUT
+python process_worker.py PORT PROCESSES PROCESS OUTPUT MODE...
 """
 
 import functools
@@ -30,7 +30,7 @@ REPLICATED = {"bias": P(), "temperature": P(), "weights": P()}
 SHARDED = REPLICATED | {"bias": P("data"), "weights": P(None, "data")}
 
 
-def main(port: str, processes: str, process: str, output: str) -> None:
+def main(port: str, processes: str, process: str, output: str, *chosen: str) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
     mesh = make_mesh(AxisType.Auto, data=8)
@@ -49,7 +49,8 @@ def main(port: str, processes: str, process: str, output: str) -> None:
     place = functools.partial(spread, mesh, specs=P("data"))
     gather = functools.partial(multihost_utils.process_allgather, tiled=True)
     ends = {}
-    for mode, (step, specs) in modes.items():
+    for mode in chosen:
+        step, specs = modes[mode]
         runs = start(spread(mesh, initial_params(), specs), ms.init_sharded)
         ends[mode] = follow(jax.jit(step), runs, place, gather, norms=[1.0])
         monge = {"monge_sam": runs["monge_sam"]}  # whose length depends on the scale of the loss

@@ -116,8 +116,10 @@ def count_instructions(compiled):
 
 STEPS = [
     *(("mlp", tail) for tail in TAILS),
-    ("resnet", "momentum"),
-    pytest.param("transformer", "adamw", marks=pytest.mark.slow),
+    *(
+        pytest.param(*names, marks=pytest.mark.slow)
+        for names in [("resnet", "momentum"), ("transformer", "adamw")]
+    ),
 ]
 
 

@@ -128,10 +128,11 @@ def test_sharpness_settles_at_the_edge(name):
 @pytest.mark.parametrize(
     ("name", "alpha"),
     [
-        pytest.param("one_pass_sam", 0.0, marks=pytest.mark.slow),
+        ("one_pass_sam", 0.0),
         ("one_pass_monge_sam", 1.0),
     ],
 )
+@pytest.mark.slow
 def test_a_network_that_collapsed_moves_on_the_circle(name, alpha):
     """Its output is constant, and the Hessian is the identity on the biases of the outputs."""
     options = Edges(images=100, width=8, steps=1000, learning_rate=0.1)

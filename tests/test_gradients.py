@@ -40,8 +40,11 @@ def test_value_of_the_first_pass_and_gradient_of_the_second(case):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"mask": {"hidden": False, "out": True, "temperature": True}}, {"measure": True}],
-    ids=["plain", "mask", "measure"],
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"mask": {"hidden": False, "out": True, "temperature": True}}, id="mask"),
+        pytest.param({"measure": True}, id="measure", marks=pytest.mark.slow),
+    ],
 )
 def test_equals_the_transformation(case, options):
     params = example_params()

@@ -474,7 +474,7 @@ def test_searches_along_a_line_equal_a_loop_by_hand(line, mode, k, scaled):
     chex.assert_trees_all_close(actual.params, expected.params, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param("chain", marks=pytest.mark.slow), "metric"])
 def test_micro_batches_have_masks_of_their_own_in_both_passes(mode):
     """Accumulated steps, of a raw key, against a loop by hand; and the masks themselves."""
     tail = optax.sgd(LEARNING_RATE)
@@ -777,8 +777,15 @@ def uninterrupted(scaled):
     return states
 
 
-@pytest.mark.parametrize("scaled", [False, True], ids=["", "dynamic_scale"])
-@pytest.mark.parametrize("save_and_restore", [with_flax, with_orbax])
+@pytest.mark.parametrize(
+    ("save_and_restore", "scaled"),
+    [
+        (with_flax, True),
+        (with_orbax, False),
+        pytest.param(with_flax, False, marks=pytest.mark.slow),
+        pytest.param(with_orbax, True, marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_training_is_bit_equal(save_and_restore, scaled, tmp_path):
     states = uninterrupted(scaled)
     resumed = save_and_restore(states[3], jax.tree.map(jnp.zeros_like, states[3]), tmp_path)
@@ -825,7 +832,7 @@ def on_one_device():
     return run(step, create(SharpnessAwareTrainState, sgd()), steps=3)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param("chain", marks=pytest.mark.slow), "metric"])
 def test_two_devices_equal_one(on_cpu, mode):
     """Under shard_map, which knows what varies over devices and sums gradients by itself."""
     loss = functools.partial(model_loss, Network("data", dropout=0.0))

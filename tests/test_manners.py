@@ -402,6 +402,7 @@ def test_a_resumed_run_leaves_the_same(trained, tmp_path, monkeypatch):
     assert actual == expected
 
 
+@pytest.mark.slow
 def test_params_in_bfloat16_with_statistics_and_in_shards_are_whole(tmp_path, eight_devices):
     options = ("--model", "cnn", "--dtype", "bfloat16", "--optimizers", "sgd", "--epochs", "1")
     main(["train", *options, "--seeds", "1", "--sharding", "fsdp", "--output", str(tmp_path)])
@@ -413,6 +414,7 @@ def test_params_in_bfloat16_with_statistics_and_in_shards_are_whole(tmp_path, ei
     assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), dict(like))
 
 
+@pytest.mark.slow
 def test_files_for_tensorboard_are_written_on_the_way(tmp_path, monkeypatch):
     written = {}
 

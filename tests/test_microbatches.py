@@ -36,7 +36,7 @@ value_and_grad = jax.jit(jax.value_and_grad(loss_fn))
 monge_value_and_grad = ms.sharpness_aware_value_and_grad(loss_fn, metric=ms.monge(), rho=RHO)
 
 
-@pytest.fixture(params=HOWS)
+@pytest.fixture(params=["scan", "vmap", pytest.param("unroll", marks=pytest.mark.slow)])
 def how(request):
     return request.param
 

@@ -769,7 +769,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [way if way.startswith("nnx.") else pytest.param(way, marks=pytest.mark.slow) for way in WAYS],
+)
 def test_devices_that_share_a_batch_equal_one(on_cpu, way):
     """BatchNorm gathers its statistics over the devices, so that they too equal one device's."""
     fn = sharpness_aware_value_and_grad(loss_fn, metric=ms.monge(), rho=RHO, axis_name="data")

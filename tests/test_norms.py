@@ -312,6 +312,10 @@ def test_one_loop_for_all_matrices():
 # --- all of them ---
 
 EVERY = {**NORMS, "lifted": ms.monge(ms.layerwise(ms.adaptive())), "p": ms.monge(ms.supremum())}
+COMPOSED_SLOW = [
+    *NORMS,
+    *(pytest.param(x, marks=pytest.mark.slow) for x in EVERY if x not in NORMS),
+]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -338,7 +342,7 @@ def test_gradients_of_any_size(name, size):
         assert float(ascent.dual_norm) == pytest.approx(gain, rel=1e-4, abs=0)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", COMPOSED_SLOW)
 def test_zero_gradients(name):
     """No perturbation, and finite derivatives of first and second order."""
     p = single({k: x for k, x in random_tree(0).items() if k in ("w", "s")})
@@ -379,7 +383,7 @@ def test_low_precision_none_and_empty_leaves(name):
     np.testing.assert_allclose(flat(actual), flat(expected), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", COMPOSED_SLOW)
 def test_derivatives_are_those_of_finite_differences(x64, name):
     """Also in float64, whose steps are those of float32 to rounding."""
     p, q = random_tree(0), random_tree(1)

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import xla_flags
 from trajectories import NAMES, assert_chain, assert_functional_form
 
@@ -22,7 +23,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run_workers(folder):
+def run_workers(folder, modes):
     """What process 0 wrote; raises if a process fails or takes too long."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -34,7 +35,7 @@ def run_workers(folder):
     with log.open("w") as file:
         workers = [
             subprocess.Popen(
-                [sys.executable, WORKER, port, str(PROCESSES), str(process), output],
+                [sys.executable, WORKER, port, str(PROCESSES), str(process), output, *modes],
                 env=environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -56,12 +57,21 @@ def run_workers(folder):
     return pickle.loads(output.read_bytes())
 
 
-def test_two_processes(tmp_path):
-    """Everything in one pair of processes, since they are slow to start."""
-    ends = run_workers(tmp_path)
-    assert {mode: len(runs) for mode, runs in ends.items()} == dict.fromkeys(ends, len(NAMES) + 2)
-    for mode in ("data parallel", "fully sharded"):
-        assert_chain(ends[mode], 1, mode=mode)
-    for mode in ("per_shard", "shard_map"):
-        assert_functional_form(ends[mode], PROCESSES * DEVICES, mode=mode)
-    assert_chain(ends["shard_map"], PROCESSES * DEVICES, mode="shard_map")
+@pytest.mark.parametrize(
+    "modes",
+    [
+        ("fully sharded", "shard_map"),
+        pytest.param(("data parallel", "per_shard"), marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes(tmp_path, modes):
+    """In one pair of processes, since they are slow to start."""
+    ends = run_workers(tmp_path, modes)
+    assert {mode: len(runs) for mode, runs in ends.items()} == dict.fromkeys(modes, len(NAMES) + 2)
+    for mode in modes:
+        if mode in ("data parallel", "fully sharded"):
+            assert_chain(ends[mode], 1, mode=mode)
+        else:
+            assert_functional_form(ends[mode], PROCESSES * DEVICES, mode=mode)
+        if mode == "shard_map":
+            assert_chain(ends[mode], PROCESSES * DEVICES, mode=mode)

@@ -139,7 +139,7 @@ ONE_PASS = {
 FORMS = {**TWO_PASS, **ONE_PASS, "functional": functional}
 # The others are made of parts that are in these too.
 QUICK_FORMS = (
-    *("fisher_sam", "monge adaptive", "grouped", "with a state", "spectral"),
+    *("grouped", "with a state", "spectral"),
     *("one pass, gradient", "one pass, momentum, with a state"),
     "functional",
 )
@@ -557,7 +557,9 @@ NOT_OF_ANY_SIZE = (
 )
 
 
-@pytest.mark.parametrize("size_of_params", [0.0, pytest.param(1.0, marks=pytest.mark.slow), 1e38])
+@pytest.mark.parametrize(
+    "size_of_params", [*(pytest.param(x, marks=pytest.mark.slow) for x in (0.0, 1.0)), 1e38]
+)
 @pytest.mark.parametrize("metric", [name for name in METRICS if name not in NOT_OF_ANY_SIZE])
 def test_perturbations_of_any_gradient_at_any_params(debugging, metric, size_of_params):
     """Eagerly, where every intermediate result is looked at."""
@@ -580,7 +582,14 @@ def test_perturbations_of_any_gradient_at_any_params(debugging, metric, size_of_
         np.testing.assert_allclose(delta, expected, rtol=3e-6, atol=atol)
 
 
-@pytest.mark.parametrize("name", [name for name in FORMS if name not in NOT_OF_ANY_SIZE])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK_FORMS else pytest.param(name, marks=pytest.mark.slow)
+        for name in FORMS
+        if name not in NOT_OF_ANY_SIZE
+    ],
+)
 def test_steps_of_any_gradient_at_any_params(debugging, name):
     """Of a base optimizer with momentum that stands still, and a second gradient of order one."""
     ones = functools.partial(jax.tree.map, jnp.ones_like)

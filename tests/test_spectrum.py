@@ -42,6 +42,10 @@ DENSE = {name: symmetric(spectrum) for name, spectrum in SPECTRA.items()} | {
     "low_rank_over_a_bulk": goe(300) + 3 * symmetric(np.r_[[5.0, 4, 4, -3], np.zeros(296)]),
     "five_values": symmetric(np.repeat([-2.0, 0, 0, 0, 0, 1, 3], 30)),
 }
+QUICK_DENSE = ("diagonal", "goe", "low_rank_over_a_bulk", "five_values", "spread")
+EACH_DENSE = [
+    name if name in QUICK_DENSE else pytest.param(name, marks=pytest.mark.slow) for name in DENSE
+]
 
 
 @functools.cache
@@ -80,7 +84,7 @@ def test_quadrature_is_exact_for_polynomials(num_steps):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("reorthogonalize", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", EACH_DENSE)
 def test_quadrature_has_the_moments_and_the_distribution(name, reorthogonalize):
     eigenvalues = eigenvalues_of(name)
     n, samples = eigenvalues.size, 30
@@ -111,7 +115,7 @@ def test_quadrature_has_the_moments_and_the_distribution(name, reorthogonalize):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("width", [0.1, pytest.param(1.0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", EACH_DENSE)
 def test_density_is_that_of_the_eigenvalues(name, width):
     eigenvalues = eigenvalues_of(name)
     n = eigenvalues.size
@@ -160,6 +164,7 @@ def test_density_on_a_grid_of_ones_own():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_all_of_it_under_jit():
     loss_fn, params, _ = small_network()
@@ -445,12 +450,9 @@ def spectra(params, key):
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize(
     ("axis_type", "jit"),
-    [
-        (AxisType.Auto, True),
-        pytest.param(AxisType.Auto, False, marks=pytest.mark.slow),
-        pytest.param(AxisType.Explicit, True, marks=pytest.mark.slow),
-    ],
+    [(AxisType.Auto, True), (AxisType.Auto, False), (AxisType.Explicit, True)],
 )
+@pytest.mark.slow
 def test_shards_change_nothing(axis_type, jit):
     whole, mesh = sharded_params(), make_mesh(axis_type, data=4, model=2)
     parts = spread(mesh, whole, SPECS)
@@ -472,7 +474,12 @@ def test_only_scalars_and_coefficients_move_between_devices(axis_type):
     """All of the iteration: this loss itself needs no more than sums."""
     parts = spread(make_mesh(axis_type, data=4, model=2), sharded_params(), SPECS)
     eigenvalues = functools.partial(lanczos_eigenvalues, sharded_loss, num_steps=12)
-    program = jax.jit(eigenvalues).lower(parts, key=KEY).compile().as_text()
+    compiled = jax.jit(eigenvalues).lower(parts, key=KEY).compile()
+    found, expected = compiled(parts, key=KEY), jax.jit(eigenvalues)(sharded_params(), key=KEY)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), found, expected
+    )
+    program = compiled.as_text()
     moved = re.findall(
         r"= (\S.*?) (all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\(", program
     )

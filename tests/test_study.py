@@ -121,8 +121,15 @@ CURED_BY_HAND = [
 ]
 
 
+QUICK = ("plain", "average", "sam", "late_sam", "one_pass_monge", "annealed_one_pass_monge")
+
+
 @pytest.mark.parametrize(
-    "name", [*BY_HAND, *(pytest.param(name, marks=pytest.mark.slow) for name in CURED_BY_HAND)]
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in (*BY_HAND, *CURED_BY_HAND)
+    ],
 )
 def test_a_curve_is_that_of_a_loop(problem, name):
     """Of as many steps as take 28 gradients, to the nearest ten."""
@@ -522,13 +529,13 @@ ARGUMENTS = ["--preset", "smoke", "--tasks", TASK, "forgetting", "--text-steps",
 
 
 def test_the_command_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
-    arguments = [*ARGUMENTS, "--output", str(tmp_path)]
+    arguments = [*ARGUMENTS, "--methods", "plain", "sam", "--output", str(tmp_path)]
     __main__.main(["study", *arguments])
     results, kept = (
         json.loads((tmp_path / name).read_text()) for name in ("results.json", "summary.json")
     )
     runs = results["runs"][TASK]
-    assert len(runs) == 3 + 2 * 2  # learning rates of plain training, and radii
+    assert len(runs) == 3 + 2  # learning rates of plain training, and radii
     assert not {"output", "overwrite"} & set(kept["configuration"])  # nor the folder
     entry = kept["tasks"][TASK]
     shown = [less for row in entry["rows"] for less in (row, *row["less_tuned"].values())]
@@ -536,13 +543,13 @@ def test_the_command_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
     selected = {(m, cell["rho"], cell["factor"]) for m, cell in zip(methods, shown, strict=True)}
     of_all_seeds = [run for run in runs if len(run["runs"]) == 2]
     assert selected == {(run["method"], run["rho"], run["factor"]) for run in of_all_seeds}
-    assert [row["method"] for row in entry["rows"]] == ["plain", "sam", "one_pass_monge"]
+    assert [row["method"] for row in entry["rows"]] == ["plain", "sam"]
     assert {len(row["ends"]) for row in entry["rows"]} == {2}
     (row, *_) = kept["tasks"]["forgetting"]["rows"]  # of what decides, in whatever order it is kept
     assert row["test"]["mean"] == pytest.approx(row["after"]["both"][-1], rel=1e-3)
-    assert {"SAM", "one-pass M-SAM"} <= check(study_figure(kept))
-    assert {"SAM", "one-pass M-SAM"} <= check(profiles_figure(kept))
-    assert {"SAM", "one-pass M-SAM"} <= check(frontier_figure(kept))
+    assert "SAM" in check(study_figure(kept))
+    assert {"plain", "SAM"} <= check(profiles_figure(kept))
+    assert {"plain", "SAM"} <= check(frontier_figure(kept))
     table = (tmp_path / "study.md").read_text()
     assert "No verdicts: preset smoke" in table
     assert "open" not in table.partition("No verdicts")[2]
@@ -550,7 +557,7 @@ def test_the_command_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
     assert f"| SAM | {entry['rows'][1]['over_plain']['difference']:+.1f} (" in table
     for name in ("study.png", "profiles.png", "frontier.png"):
         assert imread(tmp_path / name).ndim == 3
-    assert "M-SAM" in capsys.readouterr().out
+    assert " SAM " in capsys.readouterr().out
 
     def never(*args):
         raise AssertionError

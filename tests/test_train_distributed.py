@@ -141,6 +141,7 @@ def test_two_processes_train_fully_sharded_as_one_alone(processes, alone):
     assert_same_results(results_in(processes.folders[0] / "out"), alone, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_and_resume_completes_it(processes, alone):
     processes.start()
     output = processes.folders[0] / "out"

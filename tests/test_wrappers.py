@@ -289,7 +289,12 @@ def around_the_base_optimizer(name):
         return train(wrapper.wrap(base()), wrapper)
 
 
-@pytest.mark.parametrize("form", FORMS)
+QUICK_FORMS = ("monge_sam", "one pass, momentum")
+
+
+@pytest.mark.parametrize(
+    "form", [x if x in QUICK_FORMS else pytest.param(x, marks=pytest.mark.slow) for x in FORMS]
+)
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_at_rho_zero_it_is_the_wrapper_around_the_base_optimizer(name, form):
     """Bit for bit, operation by operation; or an error, whose advice is to change places."""
