@@ -593,6 +593,19 @@ def test_runs_are_the_same_on_whichever_device(tmp_path, monkeypatch):
     for device, arguments_of_it, run in trained:
         if device == second:
             jax.tree.map(np.testing.assert_array_equal, run, learn(*arguments_of_it))
+    for path in tmp_path.glob("finished/*_plain_*"):
+        path.unlink()
+    made, task = [], TASKS[TASK]
+
+    def make(seed, size):
+        made.append(seed)
+        time.sleep(0.1)  # in which another thread might begin with it too
+        return task.make(seed, size)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(TASKS, TASK, task._replace(make=make))
+        __main__.main(["study", *arguments, "--devices", "2"])
+    assert made == [0, 1]
     monkeypatch.delattr(training, "learn")
     __main__.main(["study", *arguments])  # what is kept is found from one device
 

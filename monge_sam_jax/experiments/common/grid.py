@@ -91,5 +91,5 @@ def devices_of_this_machine(number: int) -> list[jax.Device]:
             jax.config.update("jax_num_cpu_devices", number)
     found = jax.local_devices()
     if len(found) < number:
-        raise InputError(f"--devices {number}: JAX has {len(found)} here")
+        raise InputError(f"--devices {number}: JAX has {len(found)} here, which is the most")
     return found[:number]
